@@ -71,6 +71,7 @@ class Server:
 
     process: subprocess.Popen[bytes]
     port: int
+    admin_port: int
     log_file: Path
     run_parent: Path
     client: httpx.Client = field(init=False)
@@ -81,6 +82,10 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def admin(self) -> str:
+        return f"http://127.0.0.1:{self.admin_port}"
 
     @property
     def log(self) -> str:
@@ -115,7 +120,7 @@ def serving(
     tmp_path: Path, *arguments: str, ready: bool = True, env: dict[str, str] | None = None, verb: str = "serve"
 ) -> Iterator[Server]:
     """A server of our own, which leaves neither process, socket nor directory behind."""
-    port = free_port()
+    port, admin = (free_port(), free_port())
     run_parent = tmp_path / "run"
     run_parent.mkdir(exist_ok=True)
     # pytest's own paths are longer than a socket's may be.
@@ -124,13 +129,13 @@ def serving(
     log = tmp_path / f"server-{port}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [HEADRACE, verb, *arguments, "--port", str(port)],
+            [HEADRACE, verb, *arguments, "--port", str(port), "--admin-port", str(admin)],
             stdout=out,
             stderr=out,
             cwd=MODELS,
             env={**os.environ, "XDG_RUNTIME_DIR": str(short), **(env or {})},
         )
-    server = Server(process, port, log, run_parent)
+    server = Server(process, port, admin, log, run_parent)
     try:
         if ready:
             wait_until(lambda: process.poll() is not None or "\nready:" in "\n" + log.read_text(), 60, f"ready:\n{log}")

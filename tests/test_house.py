@@ -38,6 +38,7 @@ HOMES = {
     "jsonschema_rs": {"serving"},
     "click": {"cli"},
     "httptools": {"loadgen"},
+    "python_multipart": {"serving"},
 }
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,7 @@ class Batcher:
         self._by_age: dict[int, Entry] = {}
         self._by_cost: list[tuple[int, int]] = []
         self._seq_of: dict[Hashable, int] = {}
+        self._cost = 0
 
     def __len__(self) -> int:
         return len(self._by_age)
@@ -98,6 +100,7 @@ class Batcher:
         entry.max_passes = PASSES_BASE + PASSES_PER_TURN * (len(self._by_age) // self.max_batch_size)
         self._by_age[seq] = entry
         self._seq_of[entry.key] = seq
+        self._cost += entry.cost
         bisect.insort(self._by_cost, (entry.cost, seq))
 
     def cancel(self, key: Hashable) -> bool:
@@ -111,6 +114,15 @@ class Batcher:
     def waiting(self) -> list[Entry]:
         """All that wait, oldest first."""
         return list(self._by_age.values())
+
+    @property
+    def cost(self) -> int:
+        """Tokens of all that wait, without padding."""
+        return self._cost
+
+    def oldest(self) -> float:
+        """When the item that has waited longest arrived; infinity when nothing waits."""
+        return next(iter(self._by_age.values())).arrived if self._by_age else math.inf
 
     def wait_s(self, now: float) -> float | None:
         """Seconds until a batch is due: 0 now, ``None`` when nothing waits."""
@@ -146,6 +158,7 @@ class Batcher:
     def _remove(self, entry: Entry) -> None:
         del self._by_age[entry.seq]
         del self._seq_of[entry.key]
+        self._cost -= entry.cost
         del self._by_cost[bisect.bisect_left(self._by_cost, (entry.cost, entry.seq))]
 
     def _count_passes(self, newest: int) -> None:

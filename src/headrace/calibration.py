@@ -14,6 +14,7 @@ import msgspec
 
 from headrace import stats
 from headrace.clock import perf_counter
+from headrace.isolation import is_out_of_memory
 
 LENGTHS = (32, 128)
 ROUNDS = 3
@@ -61,7 +62,15 @@ def calibrate(
             for size in sizes:
                 if size > 1 and size * length > max_batch_tokens:
                     break
-                seconds = _time(run, [item] * size)
+                try:
+                    seconds = _time(run, [item] * size)
+                except Exception as error:
+                    # A size that does not fit is an answer, too; a single item that does not is a failed warm-up.
+                    if size == 1 or not is_out_of_memory(error):
+                        raise
+                    sizes = [smaller for smaller in sizes if smaller < size]
+                    max_batch_size = sizes[-1]
+                    break
                 times[length, size] = min(seconds, times.get((length, size), seconds))
                 # A doubled batch takes up to twice as long: stop growing where the rounds would leave the budget.
                 if seconds * 2 * ROUNDS > BUDGET_S / 4:

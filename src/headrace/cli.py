@@ -19,6 +19,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def _options(function: _F) -> _F:
     """Every option of the configuration as a flag."""
     for option in reversed(config.options()):
+        if option.secret:
+            continue
         default = option.default if option.default != "" else "none"
         shown = str(default).lower() if option.is_switch else default
         declare = click.option(
@@ -51,10 +53,11 @@ def up(file: Path | None, **flags: Any) -> None:
     """Serve the demo's embedding model, or the models of the configuration file, and print a request to try."""
     from headrace.up import DEMO_NAME, demo_model
 
-    settings = config.load(flags, file=file)
-    if not settings.models:
-        settings = config.load(flags, targets={DEMO_NAME: str(demo_model())}, file=file)
-    _serve(settings)
+    def read() -> config.Config:
+        settings = config.load(flags, file=file)
+        return settings if settings.models else config.load(flags, targets={DEMO_NAME: str(demo_model())}, file=file)
+
+    _serve(read)
 
 
 @main.command(short_help="Serve a model over HTTP.")
@@ -67,7 +70,7 @@ def serve(target: str | None, name: str | None, file: Path | None, **flags: Any)
     Without a target, the models of the configuration file are served.
     """
     targets = {name or _name_of(target): target} if target else {}
-    _serve(config.load(flags, targets=targets, file=file))
+    _serve(lambda: config.load(flags, targets=targets, file=file))
 
 
 @main.command(short_help="Measure a server under load.")
@@ -112,30 +115,33 @@ def bench(
     click.echo(report.as_json(results) if style == "json" else report.as_table(results))
 
 
-def _serve(settings: config.Config) -> None:
+def _serve(read: Callable[[], config.Config]) -> None:
+    """Serve what the configuration says; a reload reads it again."""
     import asyncio
 
     from headrace import log
     from headrace.serving.server import serve
 
+    settings = read()
     log.set_up("supervisor", level=settings.log_level, style=settings.log_format)
     for variable in config.unknown_variables():
         click.echo(f"warning: no option reads the variable {variable}; it is ignored", err=True)
 
-    def on_ready(url: str) -> None:
+    def on_ready(url: str, admin_url: str) -> None:
         click.echo(
             f"ready: {', '.join(settings.models)}\n"
             f'  try      curl --json \'{{"input":"hello world"}}\' {url}/predict\n'
             f"  API      {url}/docs\n"
             f"  health   {url}/health/ready\n"
             f"  metrics  {url}/metrics\n"
-            f"Ctrl-C stops it."
+            + (f"  admin    {admin_url}/admin/workers\n" if admin_url else "")
+            + "Ctrl-C stops it."
         )
         sys.stdout.flush()
 
     names = ", ".join(f"{name} from {model.target}" for name, model in settings.models.items())
     click.echo(f"loading {names}", err=True)
-    sys.exit(asyncio.run(serve(settings, on_ready)))
+    sys.exit(asyncio.run(serve(settings, on_ready, read)))
 
 
 def _name_of(target: str) -> str:
@@ -147,7 +153,7 @@ def _name_of(target: str) -> str:
     else:
         path = Path(target)
         stem = path.stem if path.suffix in {".pt", ".ts"} else path.resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-.") or "model"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-._") or "model"
 
 
 def run() -> None:

@@ -8,6 +8,7 @@ Durations end in `_s` (or `_ms`), sizes in `_bytes`.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 import typing
@@ -24,7 +25,8 @@ ENV_PREFIX = "HEADRACE_"
 DEFAULT_FILE = "headrace.toml"
 
 Task = Literal["auto", "embed", "classify", "logits"]
-_Size = Annotated[int, Meta(ge=1)]
+# One GPU per worker, or a list of GPUs that one worker spans.
+Devices = str | list[int | list[int]]
 
 
 class ModelOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -33,10 +35,17 @@ class ModelOptions(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     task: Annotated[Task, Meta(description="what a Hugging Face model is used for; auto reads it from its files")] = (
         "auto"
     )
-    workers: Annotated[int, Meta(ge=1, le=256, description="model worker processes, each with a copy of the model")] = 1
+    workers: Annotated[
+        int,
+        Meta(ge=1, le=256, description="model worker processes, each with a copy of the model; per GPU with devices"),
+    ] = 1
     device: Annotated[
         str, Meta(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     ] = "auto"
+    devices: Annotated[
+        Devices,
+        Meta(description="GPUs to bind workers to: all, or 0,1 (one each), or 0+1,2+3 (a worker spans two)"),
+    ] = ""
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads per model worker; 0 divides the cores among the workers")
     ] = 0
@@ -86,6 +95,17 @@ class Config(ModelOptions, kw_only=True, frozen=True, forbid_unknown_fields=True
     http_workers: Annotated[
         int, Meta(ge=0, le=256, description="HTTP front-end processes; 0 means one per four cores, at least one")
     ] = 0
+    admin_host: Annotated[str, Meta(min_length=1, description="address that the admin port listens on")] = "127.0.0.1"
+    admin_port: Annotated[
+        int, Meta(ge=-1, le=65535, description="port for reload and scaling; 0 picks one, -1 turns it off")
+    ] = 8001
+    api_keys: Annotated[
+        str,
+        Meta(
+            description="keys that open the API, separated by commas; none leaves it open",
+            extra={"secret": True},  # a command line can be read by everybody on the machine
+        ),
+    ] = ""
     max_body_bytes: Annotated[int, Meta(ge=1, description="largest request body")] = 16 * 1024 * 1024
     shutdown_grace_s: Annotated[
         float, Meta(ge=0, le=86400, description="time to answer what was accepted after SIGTERM or Ctrl-C")
@@ -97,6 +117,9 @@ class Config(ModelOptions, kw_only=True, frozen=True, forbid_unknown_fields=True
         Literal["auto", "console", "json"], Meta(description="auto is console on a terminal, JSON elsewhere")
     ] = "auto"
     debug: Annotated[bool, Meta(description="send the text of a model's exceptions to clients")] = False
+    reload: Annotated[bool, Meta(description="for development: reload the models when a file beside them changes")] = (
+        False
+    )
     models: dict[str, ModelConfig] = {}
 
     @property
@@ -105,7 +128,35 @@ class Config(ModelOptions, kw_only=True, frozen=True, forbid_unknown_fields=True
         return next(iter(self.models), "")
 
     def http_worker_count(self) -> int:
-        return self.http_workers or max(1, (os.cpu_count() or 1) // 4)
+        return self.http_workers or max(1, usable_cpus() // 4)
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use: its affinity, and on Linux its control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or no quota ("max")
+        return count
+
+
+def device_groups(devices: Devices) -> list[list[int]] | None:
+    """GPU numbers per worker; ``None`` for all that there are, an empty list where nothing is asked for.
+
+    Raises:
+        ConfigError: neither ``all`` nor a list of numbers.
+    """
+    if isinstance(devices, list):
+        return [entry if isinstance(entry, list) else [entry] for entry in devices]
+    if devices == "all":
+        return None
+    try:
+        return [[int(number) for number in group.split("+")] for group in devices.split(",")] if devices else []
+    except ValueError:
+        raise ConfigError(
+            f"devices is {devices!r}", field="devices", hint="all, 0,1 or 0+1,2+3; in a file also [0, 1] or [[0, 1]]"
+        ) from None
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -115,6 +166,7 @@ class Option(msgspec.Struct, frozen=True):
     type: Any
     default: Any
     help: str
+    secret: bool = False
 
     @property
     def flag(self) -> str:
@@ -151,7 +203,8 @@ def options(kind: type[msgspec.Struct] = Config) -> list[Option]:
         if field.name == "models":
             continue
         meta = next((m for m in typing.get_args(field.type)[1:] if isinstance(m, Meta)), None)
-        found.append(Option(field.name, field.type, field.default, (meta and meta.description) or ""))
+        secret = bool(meta and meta.extra and meta.extra.get("secret"))
+        found.append(Option(field.name, field.type, field.default, (meta and meta.description) or "", secret))
     return found
 
 
@@ -198,7 +251,9 @@ def _models(
     known = {option.name: option for option in options(ModelConfig)}
     shared = {name: values[name] for name in known if name in values}
     models: dict[str, ModelConfig] = {}
-    for name, table in ({name: {"target": target} for name, target in targets.items()} | tables).items():
+    # What the command line says of a model stands over its table.
+    named = {name: {**tables.get(name, {}), "target": target} for name, target in targets.items()}
+    for name, table in (named | {name: table for name, table in tables.items() if name not in named}).items():
         where = f"[models.{name}]"
         _refuse_unknown(table, known, where)
         own = {key: known[key].read(value, where) for key, value in table.items()}
@@ -207,6 +262,7 @@ def _models(
         # A flag beats the file, also where the file speaks of one model only.
         own = {key: value for key, value in own.items() if key not in given}
         models[name] = ModelConfig(**{**shared, **own, "name": known["name"].read(name, where)})
+        device_groups(models[name].devices)
     return models
 
 

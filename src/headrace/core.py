@@ -22,6 +22,8 @@ class Runner(Protocol):
     * ``prepare(item)``: CPU work per item before batching, for example tokenising;
     * ``cost(prepared)``: the item's length, an int ≥ 1; requests of like cost are batched together;
     * ``finish(output)``: CPU work per item after the batch;
+    * ``stream(inputs)``: an iterator for clients that read answers as they are made. Each step is a list as long as
+      ``inputs`` with one chunk per item, ``None`` where an item has none in this step, an exception where one fails;
     * ``close()``: called once when the worker ends.
     """
 
@@ -47,6 +49,8 @@ class Request(msgspec.Struct, array_like=True, tag="request"):
 
     ``body`` is an encoded value (`ipc.encode_value`); ``cost`` is 0 when only the worker can tell. ``deadline_s`` is
     the time left, not a moment, so that the clocks of two machines need not agree. ``trace`` is the public request id.
+    ``alone`` asks for a batch of its own: its last worker died of the batch that it was in. ``stream`` asks for the
+    answer in chunks, each an `Outcome` of which only the last is ``last``.
     """
 
     id: int
@@ -54,10 +58,15 @@ class Request(msgspec.Struct, array_like=True, tag="request"):
     cost: int
     deadline_s: float
     trace: str = ""
+    alone: bool = False
+    stream: bool = False
 
 
 class Outcome(msgspec.Struct, array_like=True, tag="outcome"):
-    """The one answer to a request: a body or a fault."""
+    """The one answer to a request, or, where a stream was asked for, one chunk of it: a body or a fault.
+
+    A stream ends with an outcome that is ``last`` and has neither.
+    """
 
     id: int
     body: bytes = b""
@@ -87,7 +96,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """What a front end must know of a model without importing it.
 
     ``item_schema`` is the JSON Schema of one item, encoded. ``width`` is the length of the vector an embedding model
-    answers with, 0 for anything else.
+    answers with, 0 for anything else; ``streams`` whether answers can come in chunks.
     """
 
     name: str
@@ -98,31 +107,44 @@ class ModelInfo(msgspec.Struct, frozen=True):
     output_schema: bytes = b"{}"
     text: TextSpec | None = None
     width: int = 0
+    streams: bool = False
 
 
 class Hello(msgspec.Struct, array_like=True, tag="hello"):
-    """A process's first frame: it is ready. A worker says what it serves and how many requests may wait for it."""
+    """A process's first frame: it is ready. A worker says what it serves."""
 
     model: ModelInfo | None = None
-    credits: int = 0
+
+
+class Workload(msgspec.Struct, array_like=True, frozen=True):
+    """What a worker has to do as a batch starts, in seconds of its own speed; 0 while that is unknown.
+
+    ``backlog_s`` covers all that waits and the batch, ``batch_s`` the batch alone, ``item_s`` is the mean of one item.
+    """
+
+    backlog_s: float = 0.0
+    batch_s: float = 0.0
+    item_s: float = 0.0
 
 
 class Beat(msgspec.Struct, array_like=True, tag="beat"):
     """Progress of the loop that does the work, from that loop.
 
-    To a front end: ``began`` lists the requests whose batch starts now. To the supervisor: ``step`` counts batches and
-    ``busy_s`` is how long the current one has been running (0 when idle).
+    To the supervisor: ``step`` counts batches, ``busy_s`` is how long the current one has been running (0 when idle).
+    To a front end, as a batch starts: ``began`` lists its requests in it, ``work`` says how much there is to do.
     """
 
     step: int
     busy_s: float = 0.0
     began: list[int] = []
+    work: Workload | None = None
 
 
 class Drain(msgspec.Struct, array_like=True, tag="drain"):
-    """Take nothing new, finish what is there, then end."""
+    """From a supervisor: take nothing new, finish what is there, then end. From a worker to a front end: send nothing
+    more; from a front end to a worker, in answer: nothing more will come."""
 
-    grace_s: float
+    grace_s: float = 0.0
 
 
 Frame = Hello | Request | Cancel | Outcome | Beat | Drain

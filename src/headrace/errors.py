@@ -7,6 +7,7 @@
     │  └─ Unavailable        an extra, a device or a program is missing; says what to install
     ├─ RequestError          the caller can mend it
     │  ├─ MalformedBody 400  ├─ UnsupportedMediaType 415  ├─ PayloadTooLarge 413
+    │  ├─ Unauthorized 401   ├─ Forbidden 403
     │  ├─ NotFound 404       ├─ ModelNotFound 404         ├─ MethodNotAllowed 405
     │  ├─ InvalidInput 422   ├─ Overloaded 429            ├─ DeadlineExceeded 504
     │  └─ RequestTimeout 408 └─ ClientGone 499            (the body never came; the caller hung up)
@@ -80,6 +81,20 @@ class MalformedBody(RequestError):
     status = 400
 
 
+class Unauthorized(RequestError):
+    """No key, or not one of the server's."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(RequestError):
+    """A page of another site, or a name that is not this server's: the admin port answers neither."""
+
+    code = "forbidden"
+    status = 403
+
+
 class NotFound(RequestError):
     code = "not_found"
     status = 404
@@ -92,6 +107,7 @@ class ModelNotFound(NotFound):
 class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
     status = 405
+    allowed = "POST"
 
 
 class RequestTimeout(RequestError):

@@ -90,6 +90,9 @@ REFUSED = Metric(
     "Requests not computed: overloaded (429), expired (deadline passed), abandoned (client gone), invalid (4xx).",
     ("model", "reason"),
 )
+OUT_OF_MEMORY = Metric(
+    "headrace_out_of_memory_total", "counter", "Batches that did not fit in memory and were split.", ("model",)
+)
 RETRIED = Metric(
     "headrace_retried_total", "counter", "Requests sent a second time because their worker was lost.", ("model",)
 )
@@ -112,14 +115,16 @@ CATALOGUE: tuple[Metric, ...] = (
     QUEUE_SIZE,
     IN_FLIGHT,
     REFUSED,
+    OUT_OF_MEMORY,
     RETRIED,
     WORKERS,
     WORKER_RESTARTS,
     HTTP_RESTARTS,
     BUILD_INFO,
 )
+ENDPOINTS = ("predict", "embeddings", "infer")
 REFUSAL_REASONS = ("overloaded", "expired", "abandoned", "invalid")
-WORKER_STATES = ("starting", "ready", "restarting")
+WORKER_STATES = ("starting", "ready", "restarting", "stopping")
 
 _BY_NAME = {metric.name: metric for metric in CATALOGUE}
 

@@ -32,6 +32,8 @@ class RunDir:
         self.workers = path / "workers"
         self.metrics = path / "metrics"
         self._pids = path / "pids"
+        self._circuits = path / "circuits"
+        self._config = path / "config.json"
         self._held: int | None = None
 
     @classmethod
@@ -41,37 +43,70 @@ class RunDir:
         if len(os.fsencode(parent)) > _LONGEST_PARENT or not os.access(parent, os.W_OK | os.X_OK):
             parent = Path(tempfile.gettempdir())
         _sweep(parent)
-        directory = cls(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)))
+        # Until it is whole and locked it has a name that no other server's sweep looks at.
+        directory = cls(Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent)))
         directory._held = _lock(directory.path)
         directory.workers.mkdir()
         directory.metrics.mkdir()
         directory._pids.mkdir()
-        (directory.path / "config.json").write_bytes(msgspec.json.encode(config))
+        directory._circuits.mkdir()
+        directory.write_config(config)
+        final = parent / directory.path.name.removeprefix(".")
+        directory.path.rename(final)
+        held, directory = directory._held, cls(final)
+        directory._held = held
         return directory
 
+    def write_config(self, config: Config) -> None:
+        """Tell every process, those to come and the front ends that look for it, the configuration of now."""
+        _write(self._config, msgspec.json.encode(config))
+
     def config(self) -> Config:
-        return msgspec.json.decode((self.path / "config.json").read_bytes(), type=Config)
+        return msgspec.json.decode(self._config.read_bytes(), type=Config)
 
-    def socket(self, model: int, index: int) -> Path:
-        """Where a worker of the model with this number listens. Short, whatever the model is called."""
-        return self.workers / f"{model}.{index}.sock"
+    def config_version(self) -> tuple[int, int]:
+        """Changes whenever the configuration is written anew."""
+        with contextlib.suppress(OSError):
+            status = self._config.stat()
+            return status.st_ino, status.st_mtime_ns
+        return 0, 0
 
-    def sockets(self) -> list[tuple[Path, int]]:
-        """Sockets of the workers that are ready, each with the number of its model."""
+    def socket(self, number: int) -> Path:
+        """Where a worker listens. Short, whatever its model is called; the worker's hello says what it serves."""
+        return self.workers / f"{number}.sock"
+
+    def sockets(self) -> list[Path]:
+        """Sockets of the workers that are ready."""
         # Gone with the server, or no descriptor free just now: the next look will tell.
         with contextlib.suppress(OSError):
-            paths = [path for path in self.workers.iterdir() if path.suffix == ".sock"]
-            return [(path, int(path.name.partition(".")[0])) for path in paths]
+            return [path for path in self.workers.iterdir() if path.suffix == ".sock"]
         return []
 
+    def set_circuit(self, model: str, open_: bool) -> None:
+        """Say that the workers of a model fail again and again, or no longer."""
+        path = self._circuits / model
+        path.touch() if open_ else path.unlink(missing_ok=True)
+
+    def open_circuits(self) -> set[str]:
+        """Models whose workers fail again and again."""
+        with contextlib.suppress(OSError):
+            return {path.name for path in self._circuits.iterdir()}
+        return set()
+
     def note_pid(self, slot: str, pid: int) -> None:
-        (self._pids / slot).write_text(str(pid))
+        _write(self._pids / slot, str(pid).encode())
+
+    def forget_pid(self, slot: str) -> None:
+        (self._pids / slot).unlink(missing_ok=True)
 
     def pids(self) -> list[int]:
         """Processes of this server, each the leader of its group."""
-        with contextlib.suppress(OSError, ValueError):
-            return [int(path.read_text()) for path in self._pids.iterdir()]
-        return []
+        found = []
+        with contextlib.suppress(OSError):
+            for path in self._pids.iterdir():
+                with contextlib.suppress(OSError, ValueError):
+                    found.append(int(path.read_text()))
+        return found
 
     def metrics_file(self, slot: str) -> Path:
         return self.metrics / slot
@@ -81,6 +116,13 @@ class RunDir:
         if self._held is not None:
             os.close(self._held)
             self._held = None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file at once: a reader sees the old content or the new."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_bytes(content)
+    temporary.rename(path)
 
 
 def _lock(path: Path) -> int | None:
@@ -97,7 +139,7 @@ def _lock(path: Path) -> int | None:
 def _sweep(parent: Path) -> None:
     for path in _own_directories(parent):
         with contextlib.suppress(OSError):
-            # A directory without a lock file is being made, or being removed, this very moment.
+            # A directory without a lock file is being removed this very moment.
             if (path / "lock").exists() and (held := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(held)

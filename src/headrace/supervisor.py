@@ -16,7 +16,6 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from headrace.clock import SYSTEM, Clock
 from headrace.core import Beat, Drain, Frame, Hello
@@ -28,7 +27,7 @@ _log = logging.getLogger(__name__)
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # A child that lived this long has earned an immediate restart again.
 STABLE_S = 30.0
-# An idle child that beats twice a second and has not been heard for this long is stopped or stuck.
+# A child that is suspended (SIGSTOP) and has not been heard for this long is given up.
 SILENCE_S = 5.0
 WATCH_S = 0.25
 
@@ -41,7 +40,7 @@ class Spec:
         slot: its name; also its row of metrics.
         argv: the command; slot, runtime directory and control descriptor are appended.
         env: variables on top of this process's own.
-        step_timeout_s: a longer piece of work is a hang; ``None`` for children that do not beat.
+        step_timeout_s: a longer piece of work, or silence, is a hang; ``None`` for children that do not beat.
         start_timeout_s: time until it must be ready.
         pass_fds: descriptors it inherits.
         on_end: called after each end of the process, before a restart.
@@ -68,7 +67,8 @@ class _State:
     heard: float = 0.0
     busy_s: float = 0.0
     runner: asyncio.Task[None] | None = None
-    first_end: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    first_end: asyncio.Event = field(default_factory=asyncio.Event)
     first_ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -85,7 +85,6 @@ class Supervisor:
         self._on_change = on_change
         self._clock = clock
         self._children: dict[str, _State] = {}
-        self._stopping: set[str] = set()
         self._watcher = asyncio.ensure_future(self._watch())
 
     def start(self, spec: Spec) -> None:
@@ -93,46 +92,58 @@ class Supervisor:
         state = self._children[spec.slot] = _State(spec)
         state.runner = asyncio.ensure_future(self._keep_running(state))
 
+    def knows(self, slot: str) -> bool:
+        return slot in self._children
+
     def is_ready(self, slot: str) -> bool:
         return self._children[slot].ready
+
+    def pid(self, slot: str) -> int:
+        """The living process of a slot, 0 while there is none."""
+        process = self._children[slot].process
+        return process.pid if process is not None and process.returncode is None else 0
 
     def restarts(self, slot: str) -> int:
         return self._children[slot].restarts
 
+    def failures(self, slot: str) -> int:
+        """How many times in a row the child has ended within `STABLE_S` of its start."""
+        return self._children[slot].failures
+
     async def wait_ready(self, slot: str) -> bool:
         """True once the child has been ready; False if it ended before."""
         state = self._children[slot]
-        ready: asyncio.Future[Any] = asyncio.ensure_future(state.first_ready.wait())
-        ended: asyncio.Future[Any] = state.first_end
-        await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
+        waits = [asyncio.ensure_future(event.wait()) for event in (state.first_ready, state.first_end)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         return state.first_ready.is_set()
 
     async def stop(self, slots: Sequence[str], grace_s: float) -> None:
         """Ask children to finish and end; after the grace period end them. Returns when they are gone."""
-        self._stopping.update(slots)
-        for slot in slots:
-            self._ask_to_end(self._children[slot], grace_s)
-        waiting = [state.runner for slot in slots if (state := self._children[slot]).runner]
+        states = [self._children[slot] for slot in slots if slot in self._children]
+        for state in states:
+            state.stop.set()
+            with contextlib.suppress(ChannelClosed):
+                if state.control:
+                    state.control.send(Drain(grace_s))
+        waiting = [state.runner for state in states if state.runner]
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=grace_s + 0.5)
             if late:
                 _log.warning("%d processes did not end within %.0f s: killed", len(late), grace_s)
-            for slot in slots:
-                self._kill(self._children[slot])
+            for state in states:
+                self._kill(state)
             await asyncio.wait(waiting)
+        for slot in slots:
+            self._children.pop(slot, None)
+
+    async def stop_all(self, grace_s: float) -> None:
+        """Stop whatever is left."""
+        await self.stop(list(self._children), grace_s)
 
     def close(self) -> None:
         self._watcher.cancel()
-
-    def _ask_to_end(self, state: _State, grace_s: float) -> None:
-        if state.process is None or state.process.returncode is not None:
-            if state.runner:
-                state.runner.cancel()  # it sleeps before a restart that nobody wants any more
-            return
-        with contextlib.suppress(ChannelClosed):
-            if state.control:
-                state.control.send(Drain(grace_s))
 
     def _kill(self, state: _State) -> None:
         if state.process is not None and state.process.returncode is None:
@@ -142,67 +153,76 @@ class Supervisor:
     async def _keep_running(self, state: _State) -> None:
         slot = state.spec.slot
         while True:
-            await self._run_once(state)
-            if not state.first_end.done():
-                state.first_end.set_result(None)
+            try:
+                await self._run_once(state)
+            except OSError as error:
+                # No process, descriptor or disk space just now: as good a reason to try again as a death.
+                _log.error("%s cannot be run: %s", slot, error)
+            state.first_end.set()
             # What fails its very first start will fail its second: somebody has to read the message.
-            if slot in self._stopping or not state.first_ready.is_set():
+            if state.stop.is_set() or not state.first_ready.is_set():
+                self._on_change()
                 return
-            if self._clock.monotonic() - state.started > STABLE_S:
-                state.failures = 0
-            pause_s = BACKOFF_S[min(state.failures, len(BACKOFF_S) - 1)]
-            state.failures += 1
+            state.failures = state.failures + 1 if self._clock.monotonic() - state.started < STABLE_S else 1
             state.restarts += 1
             self._on_change()
+            pause_s = BACKOFF_S[min(state.failures, len(BACKOFF_S)) - 1]
             _log.warning("%s ended; starting it again in %.1f s", slot, pause_s)
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await state.stop.wait()
+                return
 
     async def _run_once(self, state: _State) -> None:
         spec = state.spec
-        ours, theirs = socket.socketpair()
         state.ready, state.busy_s = False, 0.0
         state.started = state.heard = self._clock.monotonic()
-        state.process = await asyncio.create_subprocess_exec(
-            *spec.argv,
-            spec.slot,
-            str(self._run_dir.path),
-            str(theirs.fileno()),
-            env={**os.environ, **spec.env},
-            pass_fds=(theirs.fileno(), *spec.pass_fds),
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._run_dir.note_pid(spec.slot, state.process.pid)
+        ours, theirs = socket.socketpair()
         state.control = SocketChannel(ours)
-        if spec.slot in self._stopping:
-            self._kill(state)
-        loop = asyncio.get_running_loop()
-        decoder = FrameDecoder()
-        loop.add_reader(ours.fileno(), self._read, state, ours, decoder)
-        code = await state.process.wait()
-        loop.remove_reader(ours.fileno())
-        state.control.close()
-        state.ready = False
-        if code != 0 and spec.slot not in self._stopping:
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            _log.error("%s (pid %d) ended: %s", spec.slot, state.process.pid, how)
-        # What it started and left behind goes with it.
-        with contextlib.suppress(OSError):
-            os.killpg(state.process.pid, signal.SIGKILL)
-        spec.on_end()
-        self._on_change()
+        loop, descriptor = asyncio.get_running_loop(), ours.fileno()
+        try:
+            try:
+                process = state.process = await asyncio.create_subprocess_exec(
+                    *spec.argv,
+                    spec.slot,
+                    str(self._run_dir.path),
+                    str(theirs.fileno()),
+                    env={**os.environ, **spec.env},
+                    pass_fds=(theirs.fileno(), *spec.pass_fds),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            finally:
+                theirs.close()
+            if state.stop.is_set():
+                self._kill(state)
+            loop.add_reader(descriptor, self._read, state, ours, descriptor, FrameDecoder())
+            try:
+                self._run_dir.note_pid(spec.slot, process.pid)
+            finally:
+                code = await process.wait()
+                # What it started and left behind goes with it.
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            if code != 0 and not state.stop.is_set():
+                _log.error("%s (pid %d) ended: %s", spec.slot, process.pid, _how(code))
+        finally:
+            state.ready = False
+            loop.remove_reader(descriptor)
+            state.control.close()
+            self._run_dir.forget_pid(spec.slot)
+            spec.on_end()
 
-    def _read(self, state: _State, ours: socket.socket, decoder: FrameDecoder) -> None:
+    def _read(self, state: _State, ours: socket.socket, descriptor: int, decoder: FrameDecoder) -> None:
         try:
             data = ours.recv(1 << 16, socket.MSG_DONTWAIT)
-            frames = decoder.feed(data) if data else []
+            frames = decoder.feed(data)
         except BlockingIOError:
             return
         except OSError:
             data, frames = b"", []
         if not data:
-            asyncio.get_running_loop().remove_reader(ours.fileno())
+            asyncio.get_running_loop().remove_reader(descriptor)
         for frame in frames:
             self._hear(state, frame)
 
@@ -218,7 +238,7 @@ class Supervisor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
-            for state in self._children.values():
+            for state in list(self._children.values()):
                 reason = self._hang(state)
                 if reason:
                     _log.error("%s %s; killing it", state.spec.slot, reason)
@@ -238,9 +258,20 @@ class Supervisor:
         silent_s = now - state.heard
         if state.busy_s + silent_s > spec.step_timeout_s and state.busy_s:
             return f"has been in one batch for more than {spec.step_timeout_s:.0f} s"
-        if silent_s > SILENCE_S and (not state.busy_s or _is_stopped(state.process.pid)):
+        if silent_s > SILENCE_S and _is_stopped(state.process.pid):
+            return f"is suspended and has not been heard for {silent_s:.0f} s"
+        # A batch may hold the interpreter, and with it every thread, for as long as a batch may take.
+        if silent_s > max(SILENCE_S, spec.step_timeout_s):
             return f"has not been heard for {silent_s:.0f} s"
         return ""
+
+
+def _how(code: int) -> str:
+    """An exit status in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    known = {number.value: number.name for number in signal.Signals}
+    return f"signal {known.get(-code, -code)}"
 
 
 def _is_stopped(pid: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from headrace.core import Beat, Cancel, Channel, Hello, ModelInfo, Outcome, Request, Timings
+from headrace.core import Beat, Cancel, Channel, Hello, ModelInfo, Outcome, Request, Timings, Workload
 from headrace.errors import Fault
 from headrace.ipc import ChannelClosed, MemoryChannel, SocketChannel, encode_value
 
@@ -32,9 +32,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 def test_frames_arrive_whole_and_in_order(pair: Pair) -> None:
     left, right = pair
     frames = [
-        Hello(ModelInfo("m", "embed", "python", "cpu"), 10),
+        Hello(ModelInfo("m", "embed", "python", "cpu")),
         Request(1, encode_value({"a": [1, 2.5, None]}), 7, 60.0, "trace"),
-        Beat(3, 0.5, [1]),
+        Beat(3, 0.5, [1], Workload(1.0, 0.5, 0.1)),
         Outcome(1, b"x" * 300_000, None, Timings(1, 2, 3)),
         Outcome(2, fault=Fault("invalid_input", "no", "input")),
         Cancel(2),

@@ -78,12 +78,26 @@ def test_a_get_is_told_to_post(zoo: Server, path: str) -> None:
     assert answer.headers["allow"] == "POST"
 
 
-@pytest.mark.parametrize("path", ["/", "/predict/", "/models//predict", "/models/echo", "/v1/models/nope", "/docs/x"])
+@pytest.mark.parametrize("path", ["/", "/predict/", "/models//predict", "/models/echo", "/docs/x"])
 def test_unknown_paths_have_our_shape(zoo: Server, path: str) -> None:
     answer = zoo.client.get(path)
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] in ("not_found", "model_not_found")
     assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_health_answers_a_head_and_refuses_a_post(zoo: Server, path: str) -> None:
+    assert zoo.client.head(path).status_code == 200
+    refused = zoo.client.post(path)
+    assert refused.status_code == 405
+    assert "GET" in refused.headers["allow"]
+
+
+def test_each_protocol_has_its_own_shape_of_an_unknown_model(zoo: Server) -> None:
+    assert set(zoo.client.get("/v1/models/nope").json()["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(zoo.client.get("/v2/models/nope").json()["error"], str)
+    assert zoo.client.get("/v2/models/echo/versions/7").status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,10 @@ def test_past_the_bound_it_answers_429_at_once(tmp_path: Path) -> None:
         assert refused.json()["error"]["code"] == "overloaded"
         assert refused.json()["error"]["retryable"] is True
         assert int(refused.headers["retry-after"]) >= 1
-        many = server.client.post("/predict", json={"inputs": list("abcdef")})
+        many = server.client.post("/predict", json={"inputs": list("abc")})
         assert many.status_code == 429, "a list is admitted whole or not at all"
+        never = server.client.post("/predict", json={"inputs": list("abcdef")})
+        assert never.status_code == 422, "what can never fit is not told to come back"
         clients.stop()
         assert server.metric('headrace_refused_total{model="Slow",reason="overloaded"}') >= 2
 

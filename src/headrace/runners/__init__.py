@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Loaded:
         cost: length of a prepared item, at least 1.
         finish: turns one output into a value that can be sent.
         example: makes a prepared item of about the given length, for warm-up; ``None`` if nobody knows one.
+        stream: answers a batch in steps, see `core.Runner`; ``None`` if the model cannot.
     """
 
     runner: Runner
@@ -42,6 +43,7 @@ class Loaded:
     cost: Callable[[Any], int] = _unit_cost
     finish: Callable[[Any], Any] = _same
     example: Callable[[int], Any] | None = None
+    stream: Callable[[list[Any]], Iterable[list[Any]]] | None = None
 
 
 def open_target(config: ModelConfig, device: str) -> Loaded:

@@ -9,30 +9,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from headrace import log, metrics
 from headrace.clock import perf_counter
 from headrace.config import Config
-from headrace.core import ModelInfo, Outcome
+from headrace.core import ModelInfo, Outcome, Timings
 from headrace.errors import ClientGone, HeadraceError, InvalidInput, NotReady, from_fault
 from headrace.ipc import decode_value
 from headrace.serving import cold
 from headrace.serving.items import Item, ItemReader
-from headrace.serving.protocols import native, openai
-from headrace.serving.router import Pending, Route, Router
+from headrace.serving.protocols import inference, native, openai
+from headrace.serving.router import Admission, Pending, Route, Router
 from headrace.web import (
+    Headers,
+    Keys,
     Receive,
     Scope,
     Send,
+    compress,
     error_headers,
-    error_object,
     hide_details,
+    is_json,
     parse_json,
     read_body,
     request_id,
-    require_json_post,
+    require_known_type,
+    require_post,
     respond,
     unexpected,
 )
@@ -41,6 +46,10 @@ _log = logging.getLogger(__name__)
 
 _STATUS = {429: "rejected", 499: "cancelled", 504: "timeout"}
 _REFUSED = {429: "overloaded", 499: "abandoned", 504: "expired"}
+# Between the items of a list other requests have their turn: each item may take a millisecond to tokenise.
+_ITEMS_PER_TURN = 8
+# A stream that says nothing for so long sends a comment: proxies close what is silent.
+_STREAM_COMMENT_S = 15.0
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +59,7 @@ class Call:
     method: str
     headers: dict[bytes, bytes]
     receive: Receive
+    send: Send
     id: str
     endpoint: str
     model: str | None
@@ -57,6 +67,7 @@ class Call:
     route: Route | None = None
     pending: list[Pending] = field(default_factory=list)
     watched: int = 0
+    streaming: bool = False
 
     def timeout_s(self, route: Route) -> float:
         """The deadline: the model's, or the client's if that is shorter.
@@ -76,6 +87,19 @@ class Call:
             raise InvalidInput("must be a positive number of milliseconds", field="X-Request-Deadline-Ms")
         return min(limit, asked_s)
 
+    @property
+    def latency_ms(self) -> float:
+        return (perf_counter() - self.received) * 1e3
+
+
+class Readable(Protocol):
+    """The items of a body in any protocol: how many there are is known before any is looked at."""
+
+    @property
+    def values(self) -> list[Any]: ...
+
+    async def read(self, index: int, reader: ItemReader) -> Item: ...
+
 
 class FrontEnd:
     """What one HTTP process serves.
@@ -88,13 +112,14 @@ class FrontEnd:
     """
 
     def __init__(self, config: Config, router: Router, row: metrics.Row, reader: metrics.Reader) -> None:
-        self._config = config
         self._router = router
         self._readers: dict[str, ItemReader] = {}
         self._calls: set[Call] = set()
         self._watchers: set[asyncio.Task[None]] = set()
-        self._metrics = _FrontMetrics(row, config)
-        self._cold = cold.make_app(config, router, reader)
+        self._metrics = _FrontMetrics(row)
+        self._cold = cold.make_app(router, reader)
+        self._configure(config)
+        router.on_config = self._configure
         router.on_model = self._learn
         router.on_tick.append(self._watch_slow_calls)
 
@@ -108,9 +133,10 @@ class FrontEnd:
         headers = dict(scope["headers"])
         ident = request_id(headers)
         log.request_id.set(ident)
-        endpoint, model = _match(scope["path"])
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        endpoint, model = _match(path)
         if endpoint:
-            await self._answer(Call(scope["method"], headers, receive, ident, endpoint, model), send)
+            await self._answer(Call(scope["method"], headers, receive, send, ident, endpoint, model))
             return
         scope["headrace.request_id"] = ident
         id_header = (b"x-request-id", ident.encode())
@@ -120,75 +146,162 @@ class FrontEnd:
                 message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
+        if self._keys and not path.startswith(("/health/", "/v2/health/")):
+            try:
+                self._keys.check(headers)
+            except HeadraceError as error:
+                await respond(send_with_id, error.status, cold.error_bytes(path, error, ident), error_headers(error))
+                return
         await self._cold(scope, receive, send_with_id)
 
-    async def _answer(self, call: Call, send: Send) -> None:
+    async def _answer(self, call: Call) -> None:
         """One hot request: read, run, write; an error at any point becomes its answer in the protocol's own shape."""
-        handle = self._predict if call.endpoint == "predict" else self._embeddings
         headers = [(b"x-request-id", call.id.encode())]
         try:
-            require_json_post(call.method, call.headers)
+            self._keys.check(call.headers)
+            require_post(call.method)
+            kind = call.headers.get(b"content-type", b"")
+            if not is_json(kind):
+                require_known_type(call.headers, files=call.endpoint == "predict", binary=call.endpoint == "infer")
             body = await read_body(call.headers, call.receive, self._config.max_body_bytes)
             call.received = perf_counter()
-            status, answer = await handle(call, parse_json(body))
+            answer = await getattr(self, f"_{call.endpoint}")(call, kind, body)
+            status = answer.status
         except Exception as found:
             error = found if isinstance(found, HeadraceError) else unexpected(found)
             status = error.status
-            headers += error_headers(error)
-            if call.endpoint == "embeddings":
-                answer = native.to_json(openai.error_body(error))
-            else:
-                answer = native.to_json({"error": error_object(error, call.id)})
+            answer = Answer(_error_bytes(call, error), error.status, error_headers(error))
         self._metrics.count(call, status)
-        if status != ClientGone.status:
-            await respond(send, status, answer, headers)
+        if status == ClientGone.status:
+            return
+        if not call.streaming:
+            body, encoding = await compress(answer.body, call.headers)
+            await respond(call.send, status, body, [*headers, *answer.headers, *encoding], answer.kind)
+        elif status >= 400:
+            await call.send({"type": "http.response.body", "body": native.event("error", answer.body)})
 
-    async def _predict(self, call: Call, body: Any) -> tuple[int, bytes]:
+    async def _predict(self, call: Call, kind: bytes, body: bytes) -> Answer:
         route = call.route = self._router.route(call.model)
-        items, many = await native.read(body, self._reader(route))
-        outcomes = await self._run(call, route, items)
-        latency_ms = (perf_counter() - call.received) * 1e3
+        wanted = native.parse(parse_json(body)) if is_json(kind) else native.parse_files(kind, body)
+        if b"text/event-stream" in call.headers.get(b"accept", b""):
+            return await self._stream(call, route, wanted)
+        outcomes = await self._run(call, route, wanted)
+        latency_ms = call.latency_ms
         values = [self._value(outcome) for outcome in outcomes]
         timings = [outcome.timings if isinstance(outcome, Outcome) else None for outcome in outcomes]
-        if many:
-            return native.write_many(values, timings, latency_ms)
-        if isinstance(values[0], HeadraceError):
-            raise values[0]
-        return 200, native.write_one(values[0], timings[0], latency_ms)
+        headers = [(b"server-timing", native.server_timing(timings, latency_ms))]
+        if wanted.many:
+            status, content = native.write_many(values, timings, latency_ms)
+            return Answer(content, status, headers)
+        value = values[0]
+        if isinstance(value, HeadraceError):
+            raise value
+        if isinstance(value, bytes) and b"application/octet-stream" in call.headers.get(b"accept", b""):
+            return Answer(value, 200, headers, b"application/octet-stream")
+        return Answer(native.write_one(value, timings[0], latency_ms), 200, headers)
 
-    async def _embeddings(self, call: Call, body: Any) -> tuple[int, bytes]:
-        route = call.route = self._router.route(openai.model_name(body))
-        items = await openai.read(body, self._reader(route))
-        values = [self._value(outcome) for outcome in await self._run(call, route, [*items])]
-        failed = next((value for value in values if isinstance(value, HeadraceError)), None)
-        if failed:
-            raise failed
-        return 200, openai.write(body, items, values)
+    async def _embeddings(self, call: Call, kind: bytes, body: bytes) -> Answer:
+        decoded = parse_json(body)
+        route = call.route = self._router.route(openai.model_name(decoded))
+        wanted = openai.parse(decoded, self._reader(route).info)
+        outcomes = await self._run(call, route, wanted)
+        tokens = sum(pending.cost for pending in call.pending)
+        return Answer(openai.write(decoded, tokens, self._values_or_raise(outcomes)))
 
-    async def _run(self, call: Call, route: Route, items: list[Item | HeadraceError]) -> list[Outcome | HeadraceError]:
-        """Have the good items computed; admission is for all of them or none."""
-        deadline = call.received + call.timeout_s(route)
-        route.admit(sum(isinstance(item, Item) for item in items))
-        left_s = max(0.0, deadline - perf_counter())
-        results: list[Any] = [
-            route.submit(item.body, item.cost, left_s, call.id) if isinstance(item, Item) else item for item in items
-        ]
-        pending = call.pending = [each for each in results if isinstance(each, Pending)]
-        self._calls.add(call)
-        try:
-            for index, each in enumerate(results):
-                if isinstance(each, Pending):
-                    try:
-                        results[index] = await each.future
-                    except ClientGone:
-                        raise
-                    except HeadraceError as error:
-                        results[index] = error
-        finally:
-            self._calls.discard(call)
-            for each in pending:
-                route.settle(each)
+    async def _infer(self, call: Call, kind: bytes, body: bytes) -> Answer:
+        route = call.route = self._router.route(call.model)
+        wanted = inference.Request.read(body, call.headers, self._reader(route).info)
+        values = self._values_or_raise(await self._run(call, route, wanted))
+        content, json_length = wanted.write(values)
+        if json_length is None:
+            return Answer(content)
+        headers = [(inference.LENGTH_HEADER, str(json_length).encode())]
+        return Answer(content, 200, headers, b"application/octet-stream")
+
+    async def _run(self, call: Call, route: Route, wanted: Readable) -> list[Outcome | HeadraceError]:
+        """Have the good items computed; admission comes before any of them is looked at, for all of them or none."""
+        results: list[Any] = []
+        with route.admit(len(wanted.values), self._left_s(call, route), call.id) as places:
+            call.pending = places.pending
+            for index in range(len(wanted.values)):
+                if index % _ITEMS_PER_TURN == _ITEMS_PER_TURN - 1:
+                    await asyncio.sleep(0)
+                try:
+                    results.append(await self._submit(places, route, wanted, index))
+                except HeadraceError as error:
+                    results.append(error)
+            self._calls.add(call)
+            try:
+                for index, each in enumerate(results):
+                    if isinstance(each, Pending):
+                        try:
+                            results[index] = await each.future
+                        except ClientGone:
+                            raise
+                        except HeadraceError as error:
+                            results[index] = error
+            finally:
+                self._calls.discard(call)
         return results
+
+    async def _submit(
+        self, places: Admission, route: Route, wanted: Readable, index: int, *, stream: bool = False
+    ) -> Pending:
+        """Prepare an item and send it to a worker."""
+        while True:
+            reader = self._reader(route)
+            item = await wanted.read(index, reader)
+            # A reload in the meantime may have brought a model that wants other items: prepare it again.
+            if reader is self._reader(route):
+                return places.submit(item.body, item.cost, reader.info, stream=stream and reader.info.streams)
+
+    async def _stream(self, call: Call, route: Route, wanted: native.Wanted) -> Answer:
+        """Send chunks as events while they are made. An error before the first is an ordinary answer."""
+        if len(wanted.values) > 1:
+            raise InvalidInput("a stream answers one item", field="inputs", hint='send {"input": …}')
+        with route.admit(1, self._left_s(call, route), call.id) as places:
+            pending = await self._submit(places, route, wanted, 0, stream=True)
+            call.pending = places.pending
+            self._calls.add(call)
+            try:
+                chunks = self._chunks(pending)
+                event, timings = await anext(chunks)
+                call.streaming = True
+                await call.send(
+                    {
+                        "type": "http.response.start",
+                        "status": 200,
+                        "headers": [*_STREAM_HEADERS, (b"x-request-id", call.id.encode())],
+                    }
+                )
+                while event is not None:
+                    await call.send({"type": "http.response.body", "body": event, "more_body": True})
+                    event, timings = await anext(chunks)
+            finally:
+                self._calls.discard(call)
+        await call.send({"type": "http.response.body", "body": native.last_event(timings, call.latency_ms)})
+        return Answer(b"")
+
+    async def _chunks(self, pending: Pending) -> AsyncIterator[tuple[bytes | None, Timings | None]]:
+        """Events of a stream, ``None`` after the last; a runner that does not stream gives one."""
+        if not pending.streams:
+            outcome = await pending.future
+            yield native.event("", native.to_json(self._good(outcome))), outcome.timings
+            yield None, outcome.timings
+            return
+        while True:
+            try:
+                outcome = await asyncio.wait_for(pending.next_chunk(), _STREAM_COMMENT_S)
+            except TimeoutError:
+                yield b": still at work\n\n", None
+                continue
+            if outcome.last and not outcome.fault:
+                yield None, outcome.timings
+                return
+            yield native.event("", native.to_json(self._good(outcome))), outcome.timings
+
+    def _left_s(self, call: Call, route: Route) -> float:
+        return max(0.0, call.received + call.timeout_s(route) - perf_counter())
 
     def _value(self, outcome: Outcome | HeadraceError) -> Any:
         if isinstance(outcome, HeadraceError):
@@ -196,6 +309,31 @@ class FrontEnd:
         if outcome.fault:
             return hide_details(from_fault(outcome.fault), self._config.debug)
         return decode_value(outcome.body)
+
+    def _good(self, outcome: Outcome) -> Any:
+        """The value of an outcome. Raises what stands in its place."""
+        value = self._value(outcome)
+        if isinstance(value, HeadraceError):
+            raise value
+        return value
+
+    def _values_or_raise(self, outcomes: list[Outcome | HeadraceError]) -> list[Any]:
+        """For protocols without errors of single items: the first one fails the request."""
+        values = [self._value(outcome) for outcome in outcomes]
+        failed = next((value for value in values if isinstance(value, HeadraceError)), None)
+        if failed:
+            raise failed
+        return values
+
+    def _configure(self, config: Config) -> None:
+        self._config = config
+        self._keys = Keys(config.api_keys)
+        self._metrics.know(config.models)
+        for name, reader in list(self._readers.items()):
+            if name in config.models:
+                self._readers[name] = ItemReader(config.models[name], reader.info)
+            else:
+                del self._readers[name]
 
     def _learn(self, info: ModelInfo) -> None:
         """A worker has said what its model takes. Made here once: reading a tokenizer takes a tenth of a second."""
@@ -236,41 +374,64 @@ async def _abandon_when_gone(call: Call) -> None:
         pending.abandon()
 
 
+def _error_bytes(call: Call, error: HeadraceError) -> bytes:
+    path = {"predict": "/predict", "embeddings": "/v1/", "infer": "/v2/"}[call.endpoint]
+    return cold.error_bytes(path, error, call.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    body: bytes
+    status: int = 200
+    headers: Headers = ()
+    kind: bytes = b"application/json"
+
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the events otherwise
+]
+
+
 def _match(path: str) -> tuple[str, str | None]:
     """Endpoint and model of a hot path; an empty endpoint for any other."""
     if path == "/predict":
         return "predict", None
     if path == "/v1/embeddings":
         return "embeddings", None
-    if path.startswith("/models/") and path.endswith("/predict"):
-        name = path[len("/models/") : -len("/predict")]
-        if name and "/" not in name:
-            return "predict", name
+    parts = path.split("/")
+    if len(parts) == 4 and parts[1] == "models" and parts[3] == "predict" and parts[2]:
+        return "predict", parts[2]
+    if parts[1:3] == ["v2", "models"] and parts[-1] == "infer" and inference.is_model_path(parts[3:-1]):
+        return "infer", parts[3]
     return "", None
 
 
 class _FrontMetrics:
     """Handles of the front end's metrics, so that each series is at 0 before its first event."""
 
-    def __init__(self, row: metrics.Row, config: Config) -> None:
-        models = [*config.models, "other"]
-        endpoints = ("predict", "embeddings")
-        self._requests = {
-            (model, endpoint, status): row.counter(metrics.REQUESTS, model=model, endpoint=endpoint, status=status)
-            for model in models
-            for endpoint in endpoints
-            for status in metrics.STATUSES
-        }
-        self._durations = {
-            (model, endpoint): row.histogram(metrics.REQUEST_DURATION, model=model, endpoint=endpoint)
-            for model in models
-            for endpoint in endpoints
-        }
-        self._refused = {
-            (model, reason): row.counter(metrics.REFUSED, model=model, reason=reason)
-            for model in models
-            for reason in metrics.REFUSAL_REASONS
-        }
+    def __init__(self, row: metrics.Row) -> None:
+        self._row = row
+        self._requests: dict[tuple[str, str, str], metrics.Counter] = {}
+        self._durations: dict[tuple[str, str], metrics.Histogram] = {}
+        self._refused: dict[tuple[str, str], metrics.Counter] = {}
+        self.know(["other"])
+
+    def know(self, models: Iterable[str]) -> None:
+        """Make the series of these models."""
+        row = self._row
+        for model in models:
+            for endpoint in metrics.ENDPOINTS:
+                for status in metrics.STATUSES:
+                    self._requests[model, endpoint, status] = row.counter(
+                        metrics.REQUESTS, model=model, endpoint=endpoint, status=status
+                    )
+                self._durations[model, endpoint] = row.histogram(
+                    metrics.REQUEST_DURATION, model=model, endpoint=endpoint
+                )
+            for reason in metrics.REFUSAL_REASONS:
+                self._refused[model, reason] = row.counter(metrics.REFUSED, model=model, reason=reason)
 
     def count(self, call: Call, status: int) -> None:
         model = call.route.config.name if call.route else "other"

@@ -6,6 +6,7 @@ what the workers say of their models, so that it shows the user's own types.
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,34 @@ from starlette.staticfiles import StaticFiles
 
 from headrace import metrics
 from headrace.clock import wall
-from headrace.config import Config
 from headrace.core import ModelInfo
-from headrace.serving.protocols import openai
+from headrace.errors import HeadraceError, ModelNotFound, NotReady
+from headrace.serving.protocols import inference, native, openai
 from headrace.serving.router import Router
 from headrace.version import __version__
 from headrace.web import make_app as make_web_app
+from headrace.web import native_error
 
 
-def make_app(config: Config, router: Router, reader: metrics.Reader) -> FastAPI:
+def make_app(router: Router, reader: metrics.Reader) -> FastAPI:
     """The application beside the hot path."""
-    app = make_web_app("headrace", __version__)
+    app = make_web_app("headrace", __version__, error_bytes)
     started = int(wall())
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["health"], summary="Whether this process answers")
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
-    @app.get("/health/ready", tags=["health"], summary="Whether every model has a warmed-up worker")
+    @app.head("/health/ready", include_in_schema=False)
+    @app.get("/health/ready", tags=["health"], summary="Whether every model has a warm worker")
     async def ready() -> Response:
-        states = {name: "ready" if route.ready else "not_ready" for name, route in router.routes.items()}
+        states = {name: route.state for name, route in router.routes.items()}
         well = router.ready
         body = {"status": "ready" if well else "not_ready", "models": states}
         return JSONResponse(body, 200 if well else 503, None if well else {"Retry-After": "1"})
+
+    _add_inference(app, router)
 
     @app.get("/metrics", tags=["watch"], summary="Metrics of all processes, in the Prometheus text format")
     async def prometheus() -> Response:
@@ -63,7 +69,7 @@ def make_app(config: Config, router: Router, reader: metrics.Reader) -> FastAPI:
         app.openapi_schema = None
         document = frame()
         infos = [route.info for route in router.routes.values() if route.info]
-        document["paths"] |= hot_paths(config, infos)
+        document["paths"] |= hot_paths(router.default, infos)
         document.setdefault("components", {}).setdefault("schemas", {}).update(_COMPONENTS)
         return document
 
@@ -71,12 +77,60 @@ def make_app(config: Config, router: Router, reader: metrics.Reader) -> FastAPI:
     return app
 
 
-def hot_paths(config: Config, infos: list[ModelInfo]) -> dict[str, Any]:
+def error_bytes(path: str, error: HeadraceError, request_id: str | None) -> bytes:
+    """The body of an error, in the shape of the protocol that a path belongs to."""
+    if path.startswith("/v1/"):
+        return native.to_json(openai.error_body(error))
+    if path == "/v2" or path.startswith("/v2/"):
+        return native.to_json(inference.error_body(error))
+    return native_error(path, error, request_id)
+
+
+def _add_inference(app: FastAPI, router: Router) -> None:
+    """Health and metadata of the Open Inference Protocol; its infer call is on the hot path."""
+    tags: list[str | Enum] = ["open inference protocol"]
+
+    def ready_info(name: str) -> ModelInfo:
+        route = router.route(name)
+        if route.info is None or not route.ready:
+            raise NotReady(f"model {name} is {route.state}", retry_after_s=1.0)
+        return route.info
+
+    def known_version(version: str) -> None:
+        if version not in inference.VERSIONS:
+            raise ModelNotFound(f"there is no version {version!r}", field="version", hint="a model has version 1 only")
+
+    @app.get("/v2", tags=tags, summary="What this server is")
+    async def server() -> dict[str, Any]:
+        return inference.server_metadata(__version__)
+
+    @app.get("/v2/health/live", tags=tags, summary="Whether this process answers")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=tags, summary="Whether every model has a warm worker")
+    async def ready() -> Response:
+        return JSONResponse({"ready": router.ready}, 200 if router.ready else 503)
+
+    @app.get("/v2/models/{name}/ready", tags=tags, summary="Whether a model has a warm worker")
+    @app.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
+    async def model_ready(name: str, version: str = "1") -> dict[str, Any]:
+        known_version(version)
+        return {"name": ready_info(name).name, "ready": True}
+
+    @app.get("/v2/models/{name}", tags=tags, summary="Inputs and outputs of a model")
+    @app.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
+    async def model(name: str, version: str = "1") -> dict[str, Any]:
+        known_version(version)
+        return inference.metadata(ready_info(name))
+
+
+def hot_paths(default: str, infos: list[ModelInfo]) -> dict[str, Any]:
     """OpenAPI path items of the hot routes, one per ready model, with the types of its items."""
     paths: dict[str, Any] = {}
     for info in infos:
         paths[f"/models/{info.name}/predict"] = _predict(info, f"predict_{info.name}")
-        if info.name == config.default_model:
+        if info.name == default:
             paths["/predict"] = _predict(info, "predict")
     names = [info.name for info in infos if info.width]
     if names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import socket
 import sys
 
@@ -11,10 +12,15 @@ import uvicorn
 
 from headrace import metrics
 from headrace.child import Child
-from headrace.core import Hello
+from headrace.core import Beat, Hello
 from headrace.serving.app import FrontEnd
-from headrace.serving.onewrite import OneWriteProtocol
+from headrace.serving.protocol import PatientProtocol
 from headrace.serving.router import Router
+
+# Descriptors kept for everything that is not a client's connection.
+_OTHER_DESCRIPTORS = 128
+_MOST_CONNECTIONS = 65_536
+BEAT_S = 0.5
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +36,9 @@ def main(argv: list[str]) -> int:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            http=OneWriteProtocol,
+            http=PatientProtocol,
             lifespan="on",
+            limit_concurrency=raise_descriptor_limit() - _OTHER_DESCRIPTORS,
             timeout_graceful_shutdown=max(1, round(child.config.shutdown_grace_s)),
         )
     )
@@ -49,6 +56,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def raise_descriptor_limit() -> int:
+    """Let this process have as many descriptors as the system allows it; each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard if hard != resource.RLIM_INFINITY else _MOST_CONNECTIONS, _MOST_CONNECTIONS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
+
+
 async def _serve(server: uvicorn.Server, listener: socket.socket, router: Router, child: Child) -> None:
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     # It is ready when it listens and is connected to a worker of every model. Neither side offers an event to await.
@@ -56,6 +72,11 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, router: Router
         await asyncio.sleep(0.02)
     if not serving.done():
         child.tell(Hello())
+    step = 0
+    while not serving.done():
+        # From the loop that does the work: a beat from a thread would only prove that the thread is well.
+        child.tell(Beat(step := step + 1))
+        await asyncio.wait({serving}, timeout=BEAT_S)
     await serving
 
 

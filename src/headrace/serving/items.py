@@ -6,15 +6,17 @@ Everything that is wrong with an item is found here, before it reaches a model, 
 from __future__ import annotations
 
 import asyncio
+import base64
 from dataclasses import dataclass
 from typing import Any
 
 import jsonschema_rs
 import msgspec
+import numpy as np
 
 from headrace.config import ModelConfig
 from headrace.core import ModelInfo
-from headrace.errors import HeadraceError, InvalidInput
+from headrace.errors import InvalidInput, UnsupportedMediaType
 from headrace.ipc import encode_value
 from headrace.runners.text import ALIASES, TextPreparer, cost
 
@@ -37,17 +39,11 @@ class ItemReader:
         self.info = info
         self._max_chars = config.max_input_chars
         self._text = TextPreparer(info.text) if info.text else None
-        self._schema = None if self._text else jsonschema_rs.validator_for(msgspec.json.decode(info.item_schema))
-
-    async def read_all(self, values: list[Any], field: str) -> list[Item | HeadraceError]:
-        """Read each of a list; what is wrong with one stands in its place."""
-        items: list[Item | HeadraceError] = []
-        for index, value in enumerate(values):
-            try:
-                items.append(await self.read(value, f"{field}[{index}]"))
-            except HeadraceError as error:
-                items.append(error)
-        return items
+        schema = msgspec.json.decode(info.item_schema)
+        self._schema = None if self._text else jsonschema_rs.validator_for(schema)
+        self._is_binary = isinstance(schema, dict) and schema.get("format") == "binary"
+        # What says nothing of its items, or only that they are not null, may take bytes.
+        self.takes_bytes = self._text is None and (self._is_binary or not set(schema) - {"not", "title", "description"})
 
     async def read(self, value: Any, field: str) -> Item:
         """Read one item.
@@ -61,6 +57,8 @@ class ItemReader:
             return self._read_any(value, field)
         if isinstance(value, dict):
             return self.read_tensors(value, field)
+        if isinstance(value, bytes):
+            return self._read_bytes(value, field)
         if not isinstance(value, str):
             raise InvalidInput(f"must be a text, not {_kind(value)}", field=field)
         if len(value) <= _INLINE_CHARS:
@@ -93,6 +91,14 @@ class ItemReader:
 
     def _read_any(self, value: Any, field: str) -> Item:
         assert self._schema is not None
+        if isinstance(value, bytes):
+            return self._read_bytes(value, field)
+        if isinstance(value, np.ndarray):
+            return Item(encode_value(value), 0)  # the worker knows whether it takes arrays
+        if self._is_binary and isinstance(value, str):
+            return self._read_bytes(_from_base64(value, field), field)
+        if self.takes_bytes and isinstance(value, dict) and value.keys() == {"base64"}:
+            return self._read_bytes(_from_base64(value["base64"], f"{field}.base64"), field)
         if not self._schema.is_valid(value):
             problem = next(iter(self._schema.iter_errors(value)))
             raise InvalidInput(problem.message, field=_place(field, problem.instance_path))
@@ -101,6 +107,15 @@ class ItemReader:
             return Item(encode_value(value), 0)
         except RecursionError:
             raise InvalidInput("is nested too deeply", field=field) from None
+
+    def _read_bytes(self, value: bytes, field: str) -> Item:
+        if not self.takes_bytes:
+            raise UnsupportedMediaType(
+                f"{self.info.name} does not take raw bytes", field="Content-Type", hint="send JSON; see /docs"
+            )
+        if not value:
+            raise InvalidInput("is empty", field=field)
+        return Item(encode_value(value), 0)
 
     def _check_lengths(self, value: Any, field: str) -> None:
         if isinstance(value, str):
@@ -112,6 +127,13 @@ class ItemReader:
         elif isinstance(value, list) and value and isinstance(value[0], (str, dict, list)):
             for index, child in enumerate(value):
                 self._check_lengths(child, f"{field}[{index}]")
+
+
+def _from_base64(value: Any, field: str) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (TypeError, ValueError):
+        raise InvalidInput("must be base64", field=field) from None
 
 
 def _place(field: str, path: list[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Names of process slots: how a worker's socket tells which model it serves."""
+"""Names of process slots: how a worker knows which model it serves."""
 
 from __future__ import annotations
 

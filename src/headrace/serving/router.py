@@ -14,15 +14,17 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import cast
 
 from headrace import metrics
 from headrace.config import Config, ModelConfig
-from headrace.core import Beat, Cancel, Frame, Hello, ModelInfo, Outcome, Request
+from headrace.core import Beat, Cancel, Drain, Frame, Hello, ModelInfo, Outcome, Request, Workload
 from headrace.errors import (
     ClientGone,
     DeadlineExceeded,
     HeadraceError,
+    InvalidInput,
     ModelNotFound,
     NotReady,
     Overloaded,
@@ -34,42 +36,78 @@ from headrace.rundir import RunDir
 _log = logging.getLogger(__name__)
 
 SCAN_S = 0.1
-# Share of the newest tick in the smoothed completion rate: it follows a change within about two seconds.
-_RATE_SHARE = 0.1
+# What was refused is expected back: of those refusals this share still counts after each tick (about a second in all).
+_REFUSALS_KEPT = 0.9
+# A client that reads a stream so many chunks too slowly is given up: what it does not read would fill the memory.
+_MOST_UNREAD_CHUNKS = 10_000
 
 
 class Pending:
     """A request that has been accepted and not yet answered."""
 
-    __slots__ = ("began", "body", "cost", "deadline", "future", "id", "link", "retried", "timer", "trace")
+    __slots__ = (
+        "_chunks",
+        "began",
+        "body",
+        "cost",
+        "deadline",
+        "future",
+        "id",
+        "info",
+        "link",
+        "retried",
+        "timer",
+        "trace",
+    )
 
-    def __init__(
-        self, ident: int, body: bytes, cost: int, deadline: float, trace: str, future: asyncio.Future[Outcome]
-    ) -> None:
+    def __init__(self, ident: int, body: bytes, cost: int, deadline: float, trace: str, info: ModelInfo) -> None:
         self.id = ident
         self.body = body
         self.cost = cost
         self.deadline = deadline
         self.trace = trace
-        self.future = future
+        self.info = info
+        self.future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.timer: asyncio.TimerHandle | None = None
         self.link: Link | None = None
         self.began = False
         self.retried = False
+        self._chunks: asyncio.Queue[Outcome | HeadraceError] | None = None
+
+    def as_stream(self) -> None:
+        """Ask for the answer in chunks, before it is sent; read them with `next_chunk` instead of ``future``."""
+        self._chunks = asyncio.Queue()
+
+    @property
+    def streams(self) -> bool:
+        return self._chunks is not None
+
+    async def next_chunk(self) -> Outcome:
+        """The next chunk; the last has ``last`` set. Raises what the future would."""
+        assert self._chunks is not None
+        chunk = await self._chunks.get()
+        if isinstance(chunk, HeadraceError):
+            raise chunk
+        return chunk
 
     def abandon(self) -> None:
         """The client has gone: whoever awaits this request gets `ClientGone`, and the worker is told."""
-        if not self.future.done():
-            self.future.set_exception(ClientGone("the client closed the connection"))
+        self.fail(ClientGone("the client closed the connection"))
 
     def expire(self) -> None:
         self.fail(DeadlineExceeded("no answer within the request's deadline"))
 
     def resolve(self, outcome: Outcome) -> None:
+        if self._chunks is not None:
+            self._chunks.put_nowait(outcome)
+            if self._chunks.qsize() > _MOST_UNREAD_CHUNKS:
+                self.abandon()
         if not self.future.done():
             self.future.set_result(outcome)
 
     def fail(self, error: HeadraceError) -> None:
+        if self._chunks is not None:
+            self._chunks.put_nowait(error)
         if not self.future.done():
             self.future.set_exception(error)
 
@@ -77,13 +115,18 @@ class Pending:
 class Link(asyncio.Protocol):
     """The connection to one worker. Frames of one loop tick leave in one write."""
 
-    def __init__(self, route: Route, on_lost: Callable[[], None] = lambda: None) -> None:
-        self._route = route
+    def __init__(self, router: Router, on_lost: Callable[[], None] = lambda: None) -> None:
+        self._router = router
         self._on_lost = on_lost
         self._decoder = FrameDecoder()
         self._outgoing: list[Frame] = []
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
+        self._route: Route | None = None
+        self._work = Workload()
+        self._work_at = 0.0
+        self._sent_since = 0
+        self.info: ModelInfo | None = None
         self.pending: dict[int, Pending] = {}
         self.cost = 0
 
@@ -92,33 +135,44 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            frames = self._decoder.feed(data)
+            for frame in self._decoder.feed(data):
+                self._receive(frame)
         except ChannelClosed as error:
-            _log.error("a worker of %s sent rubbish (%s); closing the connection to it", self._route.config.name, error)
+            _log.error("a worker sent rubbish (%s); closing the connection to it", error)
             self.close()
-            return
-        for frame in frames:
-            if isinstance(frame, Outcome):
-                if pending := self.forget(frame.id):
-                    pending.resolve(frame)
-            elif isinstance(frame, Beat):
-                for ident in frame.began:
-                    if found := self.pending.get(ident):
-                        self._route.mark_begun(found)
-            elif isinstance(frame, Hello):
-                self._route.add(self, frame)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         self._on_lost()
-        self._route.remove(self)
+        if self._route:
+            self._route.remove(self)
+
+    def takes(self, info: ModelInfo) -> bool:
+        """Whether the worker understands what was prepared for a worker with ``info``: it may be of another version."""
+        mine = self.info
+        return mine is info or (mine is not None and mine.text == info.text and mine.item_schema == info.item_schema)
+
+    def backlog_s(self) -> float:
+        """Seconds until the worker would be through with all that it has; 0 while that is unknown."""
+        left_s = max(0.0, self._work.backlog_s - (self._loop.time() - self._work_at))
+        return left_s + self._sent_since * self._work.item_s
+
+    def batch_ends_in_s(self) -> float:
+        return max(0.0, self._work.batch_s - (self._loop.time() - self._work_at))
+
+    @property
+    def item_s(self) -> float:
+        return self._work.item_s
 
     def send(self, pending: Pending) -> None:
         pending.link = self
         self.pending[pending.id] = pending
         self.cost += pending.cost
+        self._sent_since += 1
         left_s = max(0.0, pending.deadline - self._loop.time())
-        self._write(Request(pending.id, pending.body, pending.cost, left_s, pending.trace))
+        self._write(
+            Request(pending.id, pending.body, pending.cost, left_s, pending.trace, pending.retried, pending.streams)
+        )
 
     def forget(self, ident: int) -> Pending | None:
         pending = self.pending.pop(ident, None)
@@ -134,6 +188,30 @@ class Link(asyncio.Protocol):
         if self._transport:
             self._transport.abort()
 
+    def _receive(self, frame: Frame) -> None:
+        if isinstance(frame, Hello):
+            if frame.model is None or (route := self._router.routes.get(frame.model.name)) is None:
+                self.close()  # of a model that a reload has just taken away
+                return
+            self._route, self.info = route, frame.model
+            route.add(self)
+        elif self._route is None:
+            raise ChannelClosed("a hello comes first")
+        elif isinstance(frame, Outcome):
+            pending = self.forget(frame.id) if frame.last else self.pending.get(frame.id)
+            if pending:
+                self._route.mark_begun(pending)
+                pending.resolve(frame)
+        elif isinstance(frame, Beat):
+            for ident in frame.began:
+                if found := self.pending.get(ident):
+                    self._route.mark_begun(found)
+            if frame.work:
+                self._work, self._work_at, self._sent_since = frame.work, self._loop.time(), 0
+        elif isinstance(frame, Drain):
+            self._route.retire(self)
+            self._write(Drain())
+
     def _write(self, frame: Frame) -> None:
         if not self._outgoing:
             self._loop.call_soon(self._flush)
@@ -145,11 +223,46 @@ class Link(asyncio.Protocol):
         self._outgoing.clear()
 
 
+class Admission:
+    """Places for the items of one request: taken together, given back together. A context manager.
+
+    Leaving it forgets the items, answered or not; workers do not compute what has no answer then.
+    """
+
+    def __init__(self, route: Route, places: int, deadline: float, trace: str) -> None:
+        self._route = route
+        self._places = places
+        self._deadline = deadline
+        self._trace = trace
+        self.pending: list[Pending] = []
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pending in self.pending:
+            self._route.settle(pending)
+        self._route.free(self._places)
+
+    def submit(self, body: bytes, cost: int, info: ModelInfo, *, stream: bool = False) -> Pending:
+        """Send an item, prepared for workers with ``info``, to the least busy of them."""
+        assert self._places, "more items than were admitted"
+        self._places -= 1
+        pending = self._route.pend(body, cost, self._deadline, self._trace, info)
+        self.pending.append(pending)
+        if stream:
+            pending.as_stream()
+        self._route.place(pending)
+        return pending
+
+
 class Route:
     """One model: its workers, and the requests that wait for one.
 
     Args:
-        config: the model's options.
+        config: the model's options; replaced by a reload.
         share: which part of `max_queue` this front end may hold waiting.
         row: where metrics go.
         on_model: told what the model is, each time that a worker says it.
@@ -159,16 +272,16 @@ class Route:
         self, config: ModelConfig, share: int, row: metrics.Row, on_model: Callable[[ModelInfo], None]
     ) -> None:
         self.config = config
+        self.share = share
+        self.circuit_open = False
         self._on_model = on_model
         self.info: ModelInfo | None = None
-        self._share = share
         self._links: list[Link] = []
         self._parked: dict[int, Pending] = {}
         self._ids = itertools.count(1)
         self._waiting = 0
         self._open = 0
-        self._completed = 0
-        self._rate = 0.0
+        self._refused_lately = 0.0
         self._queue_size = row.gauge(metrics.QUEUE_SIZE, model=config.name)
         self._in_flight = row.gauge(metrics.IN_FLIGHT, model=config.name)
         self._retried = row.counter(metrics.RETRIED, model=config.name)
@@ -178,29 +291,50 @@ class Route:
         """Whether a worker is connected."""
         return bool(self._links)
 
-    def admit(self, count: int) -> None:
-        """Check that there is room for this many items, all or none.
+    @property
+    def state(self) -> str:
+        """For health reports: ready, loading, not_ready (no worker just now) or circuit_open (they fail repeatedly)."""
+        if self._links:
+            return "ready"
+        if self.circuit_open:
+            return "circuit_open"
+        return "not_ready" if self.info else "loading"
+
+    def admit(self, count: int, timeout_s: float, trace: str) -> Admission:
+        """Take places for this many items, all or none.
 
         Raises:
-            NotReady: the model has not been ready yet.
-            Overloaded: with the seconds after which a place is likely to be free.
+            InvalidInput: so many have no room even when nothing waits.
+            NotReady: no worker has been ready yet, or they fail again and again.
+            Overloaded: no room, or none that would be served within ``timeout_s``; says when to try again.
         """
+        name = self.config.name
+        if count > self.share:
+            raise InvalidInput(f"has {count} items, at most {self.share} may be sent at once", field="inputs")
         if self.info is None:
-            raise NotReady(f"model {self.config.name} is loading", retry_after_s=1.0)
-        if self._waiting + count > self._share:
+            raise NotReady(f"model {name} is loading", retry_after_s=1.0)
+        if self.circuit_open and not self._links:
+            raise self._broken()
+        if self._waiting + count > self.share:
+            self._refused_lately += count
             raise Overloaded(
-                f"{self._waiting} requests wait for {self.config.name} and {self._share} may",
-                retry_after_s=self._expected_wait_s(count),
+                f"{self._waiting} requests wait for {name} and {self.share} may",
+                retry_after_s=self._until_free_s(count),
             )
+        wait_s = min((link.backlog_s() for link in self._links), default=0.0)
+        if wait_s > timeout_s:
+            raise Overloaded(
+                f"requests that wait for {name} take about {wait_s:.1f} s, longer than this one's deadline",
+                retry_after_s=wait_s - timeout_s,
+            )
+        self._waiting += count
+        return Admission(self, count, asyncio.get_running_loop().time() + timeout_s, trace)
 
-    def submit(self, body: bytes, cost: int, timeout_s: float, trace: str) -> Pending:
-        """Send an item to the least busy worker. Call `admit` first and `settle` in any case afterwards."""
-        loop = asyncio.get_running_loop()
-        pending = Pending(next(self._ids), body, cost, loop.time() + timeout_s, trace, loop.create_future())
-        pending.timer = loop.call_later(timeout_s, pending.expire)
+    def pend(self, body: bytes, cost: int, deadline: float, trace: str, info: ModelInfo) -> Pending:
+        """A request in one of the places that were admitted; `settle` it in any case."""
+        pending = Pending(next(self._ids), body, cost, deadline, trace, info)
+        pending.timer = asyncio.get_running_loop().call_at(deadline, pending.expire)
         self._open += 1
-        self._waiting += 1
-        self._place(pending)
         return pending
 
     def settle(self, pending: Pending) -> None:
@@ -210,65 +344,105 @@ class Route:
         self._parked.pop(pending.id, None)
         if pending.link:
             pending.link.cancel(pending.id)
+        if pending.future.done() and not pending.future.cancelled():
+            pending.future.exception()  # read, so that asyncio does not report it as never retrieved
         self._open -= 1
-        if not pending.began:
-            self._waiting -= 1
-        self._completed += 1
+        self.mark_begun(pending)
+
+    def free(self, places: int) -> None:
+        """Give back places that no request came to."""
+        self._waiting -= places
 
     def mark_begun(self, pending: Pending) -> None:
         if not pending.began:
             pending.began = True
             self._waiting -= 1
 
-    def add(self, link: Link, hello: Hello) -> None:
-        if hello.model is None:
-            raise ChannelClosed("a worker's hello names its model")
-        self.info = hello.model
-        self._on_model(hello.model)
+    def add(self, link: Link) -> None:
+        """A worker has said hello."""
+        assert link.info
+        self._learn(link.info)
         self._links.append(link)
         parked, self._parked = self._parked, {}
         for pending in parked.values():
-            self._place(pending)
+            self.place(pending)
+
+    def retire(self, link: Link) -> None:
+        """A worker takes nothing new any more; what it has it will answer."""
+        if link in self._links:
+            self._links.remove(link)
+            # Prepare for the workers that are left.
+            if self._links and self.info and not any(other.takes(self.info) for other in self._links):
+                newest = self._links[-1].info
+                assert newest
+                self._learn(newest)
 
     def remove(self, link: Link) -> None:
         """A worker is gone: answer, re-send or park each request that it had."""
-        if link in self._links:
-            self._links.remove(link)
+        self.retire(link)
         orphans = list(link.pending.values())
         link.pending.clear()
         for pending in orphans:
             pending.link = None
-            if pending.future.done():
-                continue
-            if not pending.began:
-                self._place(pending)
-            elif self.config.idempotent and not pending.retried and self._links:
-                self._retried.inc()
-                pending.retried = True
-                pending.began = False
-                self._waiting += 1
-                self._place(pending)
-            else:
+            again = not pending.retried and self.config.idempotent and bool(self._links)
+            if pending.future.done() or (pending.began and not again):
+                # Also what is answered in part, which cannot be taken back; elsewhere nobody reads it any more.
                 pending.fail(WorkerLost("the worker that ran this request died", retry_after_s=1.0))
+                continue
+            if pending.began:
+                self._retried.inc()
+                pending.retried, pending.began = True, False
+                self._waiting += 1
+            self.place(pending)
 
-    def tick(self, elapsed_s: float) -> None:
+    def tick(self, circuit_open: bool) -> None:
         """Bring the slow figures up to date."""
-        self._rate += _RATE_SHARE * (self._completed / elapsed_s - self._rate)
-        self._completed = 0
+        self.circuit_open = circuit_open
+        if circuit_open and not self._links:
+            for pending in self._parked.values():
+                pending.fail(self._broken())
+        self._refused_lately *= _REFUSALS_KEPT
         self._queue_size.set(self._waiting)
         self._in_flight.set(self._open)
 
-    def _place(self, pending: Pending) -> None:
-        if not self._links:
+    def place(self, pending: Pending) -> None:
+        """Send a request to the least busy worker; keep it while there is none."""
+        links = self._links
+        if not links:
             self._parked[pending.id] = pending
-        elif len(self._links) == 1:
-            self._links[0].send(pending)
+            return
+        fitting = (
+            links
+            if len(links) == 1 and links[0].takes(pending.info)
+            else [link for link in links if link.takes(pending.info)]
+        )
+        if fitting:
+            (fitting[0] if len(fitting) == 1 else min(fitting, key=_load)).send(pending)
         else:
-            min(self._links, key=_load).send(pending)
+            pending.fail(WorkerLost("the model was replaced by one that takes other inputs", retry_after_s=1.0))
 
-    def _expected_wait_s(self, count: int) -> float:
-        excess = self._waiting + count - self._share
-        return min(60.0, max(1.0, math.ceil(excess / self._rate))) if self._rate > 0.01 else 1.0
+    def close(self) -> None:
+        """The model is served no longer: leave no stale figures."""
+        self._queue_size.set(0)
+        self._in_flight.set(0)
+
+    def _broken(self) -> NotReady:
+        return NotReady(
+            f"the workers of {self.config.name} fail again and again",
+            retry_after_s=5.0,
+            hint="the server's log says why",
+        )
+
+    def _learn(self, info: ModelInfo) -> None:
+        self.info = info
+        self._on_model(info)
+
+    def _until_free_s(self, count: int) -> float:
+        """When so many more places are likely to be free, with those in mind who were refused a moment ago."""
+        item_s = max((link.item_s for link in self._links), default=0.0)
+        places = min(self._waiting, self._waiting + count - self.share + self._refused_lately)
+        batch_s = min((link.batch_ends_in_s() for link in self._links), default=0.0)
+        return max(1.0, batch_s, places * item_s / max(1, len(self._links)))
 
 
 def _load(link: Link) -> tuple[int, int]:
@@ -281,15 +455,16 @@ class Router:
 
     def __init__(self, config: Config, run_dir: RunDir, row: metrics.Row) -> None:
         self._run_dir = run_dir
-        front_ends = config.http_worker_count()
-        self.routes = {
-            name: Route(model, max(1, math.ceil(model.max_queue / front_ends)), row, lambda info: self.on_model(info))
-            for name, model in config.models.items()
-        }
-        self._default = config.default_model
+        self._row = row
+        self._version = run_dir.config_version()
         self._links: dict[Path, Link] = {}
+        self._failing = ""
+        self.on_config: Callable[[Config], None] = lambda config: None
         self.on_model: Callable[[ModelInfo], None] = lambda info: None
         self.on_tick: list[Callable[[], None]] = []
+        self.routes: dict[str, Route] = {}
+        self.default = ""
+        self._configure(config)
 
     def route(self, name: str | None) -> Route:
         """The route of a model, or of the default one.
@@ -297,7 +472,7 @@ class Router:
         Raises:
             ModelNotFound: names the models there are.
         """
-        route = self.routes.get(self._default if name is None else name)
+        route = self.routes.get(self.default if name is None else name)
         if route is None:
             known = ", ".join(self.routes) or "none"
             raise ModelNotFound(f"there is no model {name!r}", field="model", hint=f"models here: {known}")
@@ -309,39 +484,63 @@ class Router:
         return all(route.ready for route in self.routes.values())
 
     async def run(self) -> None:
-        """Keep up with the workers that come and go, until cancelled."""
-        loop = asyncio.get_running_loop()
-        last = loop.time()
+        """Keep up with workers that come and go and with changes of the configuration, until cancelled."""
         try:
             while True:
-                await self._connect_new()
-                now = loop.time()
-                for route in self.routes.values():
-                    route.tick(max(now - last, 1e-3))
-                last = now
-                for call in self.on_tick:
-                    call()
+                try:
+                    await self._look_around()
+                    self._failing = ""
+                except Exception as error:
+                    # No descriptor free just now, perhaps. Whatever it is, a front end that stops looking is blind.
+                    if repr(error) != self._failing:
+                        _log.exception("cannot look for workers; trying again every %g s", SCAN_S)
+                    self._failing = repr(error)
                 await asyncio.sleep(SCAN_S)
         finally:
             for link in self._links.values():
                 link.close()
 
-    async def _connect_new(self) -> None:
-        routes = list(self.routes.values())
-        for path, model in self._run_dir.sockets():
+    async def _look_around(self) -> None:
+        version = self._run_dir.config_version()
+        if version != self._version and version != (0, 0):
+            self._version = version
+            config = self._run_dir.config()
+            self._configure(config)
+            self.on_config(config)
+        for path in self._run_dir.sockets():
             if path not in self._links:
                 # A socket whose worker has just died refuses; its successor makes a new one.
-                with contextlib.suppress(OSError):
-                    await self._connect(path, routes[model])
+                with contextlib.suppress(ConnectionError, FileNotFoundError):
+                    await self._connect(path)
+        broken = self._run_dir.open_circuits()
+        for name, route in self.routes.items():
+            route.tick(name in broken)
+        for call in self.on_tick:
+            call()
 
-    async def _connect(self, path: Path, route: Route) -> None:
+    async def _connect(self, path: Path) -> None:
         def gone() -> None:
             if self._links.get(path) is link:
                 del self._links[path]
 
-        link = self._links[path] = Link(route, gone)
+        link = self._links[path] = Link(self, gone)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: link, str(path))
         except OSError:
             gone()
             raise
+
+    def _configure(self, config: Config) -> None:
+        front_ends = config.http_worker_count()
+        self.default = config.default_model
+        for name in [name for name in self.routes if name not in config.models]:
+            self.routes.pop(name).close()
+        routes: dict[str, Route] = {}
+        for name, model in config.models.items():
+            share = max(1, math.ceil(model.max_queue / front_ends))
+            route = self.routes.get(name)
+            if route is None:
+                route = Route(model, share, self._row, lambda info: self.on_model(info))
+            route.config, route.share = model, share
+            routes[name] = route
+        self.routes = routes

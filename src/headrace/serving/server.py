@@ -13,88 +13,122 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from headrace import metrics
-from headrace.config import Config, ModelConfig
-from headrace.errors import ConfigError
+from headrace.config import Config
+from headrace.errors import ConfigError, HeadraceError
 from headrace.rundir import RunDir
-from headrace.serving.names import http_slot, worker_slot
+from headrace.serving.fleet import Fleet
+from headrace.serving.names import http_slot
 from headrace.supervisor import Spec, Supervisor
 from headrace.version import __version__
+
+if TYPE_CHECKING:
+    from headrace.serving.admin import AdminServer
 
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+# A front end whose event loop has not turned for so long is stuck. Its slowest step, reading a large body, takes one.
+_LOOP_TIMEOUT_S = 30.0
+# Options that a running server cannot change: they are how its other processes were started.
+_FIXED = ("host", "port", "http_workers", "admin_host", "admin_port", "log_level", "log_format")
 
 
-async def serve(config: Config, on_ready: Callable[[str], None] = lambda url: None) -> int:
-    """Run until SIGTERM or SIGINT.
+async def serve(
+    config: Config,
+    on_ready: Callable[[str, str], None] = lambda url, admin_url: None,
+    reread: Callable[[], Config] | None = None,
+) -> int:
+    """Run until SIGTERM or SIGINT; SIGHUP reloads the models.
 
     Args:
         config: must name at least one model.
-        on_ready: called with the server's URL once every model is warm.
+        on_ready: called with the URLs of the API and of the admin port (empty without one) once every model is warm.
+        reread: reads the configuration again for a reload; without it a reload keeps the options and loads anew.
 
     Returns:
         The exit status: 0 after an orderly end, 1 when a process could not start.
 
     Raises:
-        ConfigError: no model is named, or the address cannot be listened on.
+        ConfigError: no model is named, or an address cannot be listened on.
     """
     if not config.models:
         raise ConfigError("no model to serve", field="target", hint="headrace serve TARGET, or [models.NAME] in a file")
-    listener = _listen(config)
-    run_dir = RunDir.create(config)
-    try:
-        return await _Server(config, run_dir, listener).run(on_ready)
-    finally:
-        listener.close()
-        run_dir.remove()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(config.host, config.port, "port"))
+        admin = None
+        if config.admin_port >= 0:
+            if not (config.api_keys or is_loopback(config.admin_host)):
+                raise ConfigError(
+                    f"the admin port must not be open to others on {config.admin_host} without a key",
+                    field="admin_host",
+                    hint="set api_keys, or leave admin_host at 127.0.0.1",
+                )
+            admin = stack.enter_context(_listen(config.admin_host, config.admin_port, "admin_port"))
+        run_dir = RunDir.create(config)
+        stack.callback(run_dir.remove)
+        return await _Server(config, run_dir, listener, admin, reread or (lambda: config)).run(on_ready)
 
 
 class _Server:
-    def __init__(self, config: Config, run_dir: RunDir, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        listener: socket.socket,
+        admin: socket.socket | None,
+        reread: Callable[[], Config],
+    ) -> None:
         self._config = config
         self._listener = listener
+        self._reread = reread
+        self._run_dir = run_dir
         self._row = metrics.Row(run_dir.metrics_file("supervisor"))
         self._row.gauge(metrics.BUILD_INFO, version=__version__).set(1)
-        self._run_dir = run_dir
         self._supervisor = Supervisor(run_dir, self._count)
-        workers = sum(model.workers for model in config.models.values())
-        self._workers = {
-            worker_slot(name, index): self._worker(model, index, workers)
-            for name, model in config.models.items()
-            for index in range(model.workers)
-        }
+        self._fleet = Fleet(config, run_dir, self._supervisor, self._row)
         self._front_ends = {http_slot(index): self._front_end(index) for index in range(config.http_worker_count())}
+        self._admin_listener = admin
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
         self._exit_now = asyncio.Event()
 
-    async def run(self, on_ready: Callable[[str], None]) -> int:
+    async def run(self, on_ready: Callable[[str, str], None]) -> int:
         self._catch_signals()
-        for spec in (*self._workers.values(), *self._front_ends.values()):
+        self._fleet.start()
+        for spec in self._front_ends.values():
             self._supervisor.start(spec)
-        self._count()
-        starting = asyncio.ensure_future(self._all_ready())
+        starting = asyncio.ensure_future(self._all_ready([*self._fleet.slots, *self._front_ends]))
         stopping = asyncio.ensure_future(self._stop.wait())
+        admin = self._start_admin()
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
         if starting.done():
             if starting.result():
-                on_ready(_url(self._listener))
+                on_ready(_url(self._listener), _url(self._admin_listener) if self._admin_listener else "")
+                if self._config.reload:
+                    self._in_background(self._reload_on_change())
                 await stopping
             else:
                 code = 1
         starting.cancel()
         stopping.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if admin:
+            admin.stop()
         await self._shut_down()
         return code
 
-    async def _all_ready(self) -> bool:
+    async def _all_ready(self, slots: list[str]) -> bool:
         """True once all are ready; False as soon as one has ended before it was."""
-        waits = [
-            asyncio.ensure_future(self._supervisor.wait_ready(slot)) for slot in (*self._workers, *self._front_ends)
-        ]
+        waits = [asyncio.ensure_future(self._supervisor.wait_ready(slot)) for slot in slots]
         for wait in asyncio.as_completed(waits):
             if not await wait:
                 for each in waits:
@@ -115,37 +149,69 @@ class _Server:
             orderly.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await orderly
-            await self._supervisor.stop([*self._front_ends, *self._workers], 0.0)
+            await self._supervisor.stop_all(0.0)
         self._supervisor.close()
 
     async def _stop_in_order(self, grace_s: float) -> None:
         await self._supervisor.stop(list(self._front_ends), grace_s)
-        await self._supervisor.stop(list(self._workers), grace_s)
+        await self._supervisor.stop_all(grace_s)
 
     def _catch_signals(self) -> None:
-        def handle() -> None:
+        def end() -> None:
             (self._exit_now if self._stop.is_set() else self._stop).set()
 
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, handle)
+            loop.add_signal_handler(number, end)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._in_background(self._reload_and_log()))
 
-    def _worker(self, model: ModelConfig, index: int, workers: int) -> Spec:
-        slot = worker_slot(model.name, index)
-        threads = str(model.threads or max(1, (os.cpu_count() or 1) // workers))
-        path = self._run_dir.socket(list(self._config.models).index(model.name), index)
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-        def on_end() -> None:
-            path.unlink(missing_ok=True)
-            metrics.Row(self._run_dir.metrics_file(slot)).close()
+    async def _reload(self) -> dict[str, Any]:
+        config = self._reread()
+        if not config.models:
+            raise ConfigError("the configuration names no model any more", field="models")
+        fixed = [name for name in _FIXED if getattr(config, name) != getattr(self._config, name)]
+        if fixed:
+            _log.warning("a reload leaves %s as they were; they need a restart", ", ".join(fixed))
+        kept = {name: getattr(self._config, name) for name in _FIXED}
+        config = msgspec.structs.replace(config, **kept)
+        report = await self._fleet.reload(config)
+        self._config = config
+        return report
 
-        return Spec(
-            slot=slot,
-            argv=(sys.executable, "-P", "-m", "headrace.serving.worker"),
-            env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
-            start_timeout_s=model.load_timeout_s,
-            step_timeout_s=model.step_timeout_s,
-            on_end=on_end,
-        )
+    async def _reload_and_log(self) -> None:
+        try:
+            report = await self._reload()
+        except HeadraceError as error:
+            _log.error("the reload failed: %s; what was served goes on being served", error.message)
+        else:
+            _log.info("reloaded: %s", report)
+
+    async def _reload_on_change(self) -> None:
+        """For development: look at the files beside the models twice a second."""
+        seen = await asyncio.to_thread(source_files)
+        while True:
+            await asyncio.sleep(0.5)
+            now = await asyncio.to_thread(source_files)
+            if now != seen:
+                changed = {name for name, _ in seen.items() ^ now.items()}
+                _log.info("%s changed: reloading", ", ".join(sorted(changed)[:3]))
+                seen = now
+                await self._reload_and_log()
+
+    def _start_admin(self) -> AdminServer | None:
+        if self._admin_listener is None:
+            return None
+        from headrace.serving.admin import AdminServer, admin_app
+
+        reader = metrics.Reader(self._run_dir.metrics)
+        server = AdminServer(admin_app(self._config, self._fleet, self._reload, reader), self._admin_listener)
+        self._in_background(server.run_until_stopped())
+        return server
 
     def _front_end(self, index: int) -> Spec:
         descriptor = self._listener.fileno()
@@ -157,39 +223,55 @@ class _Server:
             env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
             # It is ready when it has found a worker of every model.
             start_timeout_s=60.0 + max(model.load_timeout_s for model in self._config.models.values()),
+            step_timeout_s=_LOOP_TIMEOUT_S,
             pass_fds=(descriptor,),
             on_end=lambda: metrics.Row(self._run_dir.metrics_file(slot)).close(),
         )
 
     def _count(self) -> None:
         """Bring the figures on processes up to date."""
-        for name, model in self._config.models.items():
-            slots = [worker_slot(name, index) for index in range(model.workers)]
-            states = dict.fromkeys(metrics.WORKER_STATES, 0)
-            for slot in slots:
-                restarts = self._supervisor.restarts(slot)
-                ready = self._supervisor.is_ready(slot)
-                states["ready" if ready else "restarting" if restarts else "starting"] += 1
-            for state, count in states.items():
-                self._row.gauge(metrics.WORKERS, model=name, state=state).set(count)
-            total = sum(map(self._supervisor.restarts, slots))
-            self._row.counter(metrics.WORKER_RESTARTS, model=name).advance_to(total)
-        self._row.counter(metrics.HTTP_RESTARTS).advance_to(sum(map(self._supervisor.restarts, self._front_ends)))
+        self._fleet.count()
+        restarts = sum(self._supervisor.restarts(slot) for slot in self._front_ends if self._supervisor.knows(slot))
+        self._row.counter(metrics.HTTP_RESTARTS).advance_to(restarts)
 
 
-def _listen(config: Config) -> socket.socket:
+def source_files(root: Path | None = None) -> dict[str, int]:
+    """Python and TOML files below the current directory with the times of their last change, libraries left out."""
+    found: dict[str, int] = {}
+    for directory, folders, files in os.walk(root or Path.cwd()):
+        # A virtual environment lies anywhere and has ten thousand files; caches and version control begin with a dot.
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__"))
+            and name not in ("site-packages", "node_modules")
+            and not Path(directory, name, "pyvenv.cfg").exists()
+        ]
+        for name in files:
+            if name.endswith((".py", ".toml")):
+                path = Path(directory, name)
+                with contextlib.suppress(OSError):
+                    found[str(path)] = path.stat().st_mtime_ns
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _listen(host: str, port: int, field: str) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}",
-            field="port",
-            hint="another server may use it; --port 0 picks a free one",
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            field=field,
+            hint=f"another server may use it; --{field.replace('_', '-')} 0 picks a free one",
         ) from None
     listener.listen(_BACKLOG)
     listener.setblocking(False)

@@ -1,41 +1,39 @@
 """The model worker: hosts one runner and answers batches.
 
-Three kinds of threads share the batcher: a reader per front end fills it, the model thread (the main one) empties it
-and runs the model, the responder encodes and sends the answers while the next batch runs. Knows nothing of HTTP.
+Three kinds of threads share the waiting rooms: a reader per front end fills them, the model thread empties them and
+runs the model, the responder encodes and sends the answers while the next batch runs. Knows nothing of HTTP, and
+nothing of the process that it lives in (`worker_process.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
-import signal
-import socket
 import sys
 import threading
-import traceback
+from collections.abc import Generator, Hashable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from headrace import metrics
 from headrace.batcher import Batcher, Entry
-from headrace.calibration import Calibration, calibrate
-from headrace.child import Child
+from headrace.calibration import Calibration
 from headrace.clock import SYSTEM, Clock
 from headrace.config import ModelConfig
-from headrace.core import Beat, Cancel, Channel, Hello, Outcome, Request, Timings
+from headrace.core import Beat, Cancel, Channel, Drain, Hello, Outcome, Request, Timings, Workload
 from headrace.errors import DeadlineExceeded, Fault, HeadraceError, RunnerError, to_fault
-from headrace.ipc import ChannelClosed, SocketChannel, decode_value, encode_value
-from headrace.isolation import run_batch
-from headrace.runners import Loaded, open_target
-from headrace.runners.devices import limit_threads, pick_device
-from headrace.serving.names import parse_worker
+from headrace.ipc import ChannelClosed, decode_value, encode_value
+from headrace.isolation import DeviceLost, is_device_lost, run_batch
+from headrace.runners import Loaded
+from headrace.serving.ceiling import Ceiling
 
-_log = logging.getLogger("headrace.serving.worker")  # __name__ is __main__ in the worker process
+_log = logging.getLogger(__name__)
 
-BEAT_S = 0.5
+# How long a draining worker waits for front ends to say that nothing more will come; one may be stopped or stuck.
+FAREWELL_S = 2.0
+# Share of the newest batch in the smoothed speed.
+_SPEED_SHARE = 0.2
 
 
 @dataclass(slots=True, eq=False)
@@ -50,12 +48,14 @@ class _Call:
 
 @dataclass(slots=True)
 class _Done:
-    """A batch that has run, on its way to the responder."""
+    """A batch that has run, or one step of a streaming one, on its way to the responder."""
 
     batch: list[Entry]
     outputs: list[Any]
     began: float
     run_s: float
+    stream: bool = False
+    last: bool = True
 
 
 class Worker:
@@ -79,17 +79,29 @@ class Worker:
         measured = calibration or Calibration(config.max_batch_size)
         self._loaded = loaded
         self._clock = clock
-        self._batcher = Batcher(
-            max_batch_size=min(measured.batch_size, config.max_batch_size),
-            max_batch_tokens=config.max_batch_tokens,
-            max_wait_s=config.max_wait_ms / 1000,
-            # Front ends refuse at max_queue. Room beyond it is for what they re-send after another worker's death.
-            capacity=2 * config.max_queue + config.max_batch_size,
-            overhead_tokens=measured.overhead_tokens,
-        )
-        self.hello = Hello(loaded.info, config.max_queue)
+        # Front ends refuse at max_queue. Room beyond it is for what they re-send after another worker's death.
+        capacity = 2 * config.max_queue + config.max_batch_size
+
+        def room(size: int) -> Batcher:
+            return Batcher(
+                max_batch_size=size,
+                max_batch_tokens=config.max_batch_tokens,
+                max_wait_s=config.max_wait_ms / 1000,
+                capacity=capacity,
+                overhead_tokens=measured.overhead_tokens,
+            )
+
+        size = min(measured.batch_size, config.max_batch_size)
+        self._room, self._streams, self._alone = room(size), room(size), room(1)
+        self._rooms = (self._alone, self._room, self._streams)
+        self._ceiling = Ceiling(self._rooms, config.max_batch_tokens)
+        self._speed = _Speed(measured.tokens_per_s)
+        self.hello = Hello(loaded.info)
         self._wakeup = threading.Condition()
-        self._draining = False
+        self._channels: set[Channel] = set()
+        self._unacknowledged: set[Channel] = set()
+        self._listening: set[Hashable] = set()
+        self._draining: float | None = None
         self._done: queue.SimpleQueue[_Done | None] = queue.SimpleQueue()
         self._step = 0
         self._busy_since: float | None = None
@@ -97,23 +109,37 @@ class Worker:
 
     def attach(self, channel: Channel) -> None:
         """Serve a front end until its channel closes."""
+        with self._wakeup:
+            if self._draining is not None:
+                channel.close()
+                return
+            self._channels.add(channel)
         channel.send(self.hello)
         threading.Thread(target=self._read, args=(channel,), name="reader", daemon=True).start()
 
     def drain(self) -> None:
-        """Finish what waits; `serve` returns then."""
+        """Tell front ends to send nothing more, finish what is here; `serve` returns then."""
         with self._wakeup:
-            self._draining = True
+            if self._draining is not None:
+                return
+            self._draining = self._clock.monotonic()
+            self._unacknowledged = set(self._channels)
             self._wakeup.notify_all()
+        for channel in list(self._unacknowledged):
+            self._send(channel, Drain())
 
     def beat(self) -> Beat:
         """Progress of the model thread."""
         since = self._busy_since
-        return Beat(self._step, self._clock.monotonic() - since if since is not None else 0.0)
+        return Beat(self._step, max(self._clock.monotonic() - since, 1e-6) if since is not None else 0.0)
 
     def serve(self) -> None:
-        """Run batches in this thread until drained."""
-        responder = threading.Thread(target=self._respond, name="responder")
+        """Run batches in this thread until drained.
+
+        Raises:
+            DeviceLost: nothing can be computed in this process any more; the batch it happened in is not answered.
+        """
+        responder = threading.Thread(target=self._respond, name="responder", daemon=True)
         responder.start()
         while self.step():
             pass
@@ -122,52 +148,120 @@ class Worker:
 
     def step(self) -> bool:
         """One batch: take, run, hand over. False once drained."""
-        batch = self._take()
-        if batch is None:
+        room, batch = self._take()
+        if room is None:
             return False
         if batch:
             began = self._clock.monotonic()
             self._step, self._busy_since = self._step + 1, began
             self._announce(batch)
-            outputs = run_batch(self._loaded.runner.run, [e.item.input for e in batch], [e.item.trace for e in batch])
+            if room is self._streams:
+                self._run_stream(batch, began)
+            else:
+                self._run(batch, began)
             self._busy_since = None
-            self._done.put(_Done(batch, outputs, began, self._clock.monotonic() - began))
         return True
 
-    def _take(self) -> list[Entry] | None:
+    def _run(self, batch: list[Entry], began: float) -> None:
+        costs = {id(entry.item.input): entry.cost for entry in batch}
+
+        def too_large(inputs: list[Any]) -> None:
+            self._metrics.out_of_memory.inc()
+            # One item that does not fit by itself says nothing about batches.
+            if len(inputs) > 1:
+                self._ceiling.lower(len(inputs) * max(costs[id(each)] for each in inputs))
+            _empty_cache()
+
+        inputs, traces = [entry.item.input for entry in batch], [entry.item.trace for entry in batch]
+        outputs = run_batch(self._loaded.runner.run, inputs, traces, too_large)
+        run_s = self._clock.monotonic() - began
+        self._speed.update(batch, run_s)
+        self._ceiling.passed(len(batch) * max(costs.values()))
+        self._done.put(_Done(batch, outputs, began, run_s))
+
+    def _run_stream(self, batch: list[Entry], began: float) -> None:
+        """Hand over chunks as they are made, until the runner ends or nobody listens any more."""
+        assert self._loaded.stream is not None
+        with self._wakeup:
+            self._listening = {entry.key for entry in batch}
+        failure: BaseException | None = None
+        try:
+            with contextlib.closing(_closable(self._loaded.stream([entry.item.input for entry in batch]))) as steps:
+                for chunks in steps:
+                    if len(chunks) != len(batch):
+                        raise RunnerError(f"stream gave {len(chunks)} chunks for {len(batch)} inputs")
+                    self._busy_since = now = self._clock.monotonic()
+                    self._done.put(_Done(batch, chunks, began, now - began, stream=True, last=False))
+                    if not self._listening:
+                        break
+        except (Exception, SystemExit) as error:  # of the user's code: the batch fails, not the worker
+            if is_device_lost(error):
+                raise DeviceLost(str(error)) from error
+            _log.exception("the model failed in a stream")
+            failure = error
+        run_s = self._clock.monotonic() - began
+        self._done.put(_Done(batch, [failure] * len(batch), began, run_s, stream=True))
+
+    def _take(self) -> tuple[Batcher | None, list[Entry]]:
+        """The next batch and the room that it comes from; no room once drained."""
         with self._wakeup:
             while True:
                 now = self._clock.monotonic()
-                wait_s = self._batcher.wait_s(now)
-                if wait_s is None and self._draining:
-                    return None
-                if wait_s == 0.0 or (wait_s is not None and self._draining):
-                    batch, expired = self._batcher.take(now)
+                room, wait_s = self._most_urgent(now)
+                if room is None and self._may_end(now):
+                    return None, []
+                if room is not None and (wait_s == 0.0 or self._draining is not None):
+                    batch, expired = room.take(now)
                     break
-                self._wakeup.wait(wait_s)
+                self._wakeup.wait(wait_s if self._draining is None else 0.05)
         for entry in expired:
             self._send(entry.item.channel, _late(entry.item.id))
-        return batch
+        return room, batch
+
+    def _most_urgent(self, now: float) -> tuple[Batcher | None, float | None]:
+        """The room to serve next, and in how many seconds: of those that are due, the one with the oldest item."""
+        waits = [(wait_s, room) for room in self._rooms if (wait_s := room.wait_s(now)) is not None]
+        if not waits:
+            return None, None
+        wait_s, room = min(waits, key=lambda each: (each[0], each[1].oldest()))
+        return room, wait_s
+
+    def _may_end(self, now: float) -> bool:
+        if self._draining is None:
+            return False
+        return not self._unacknowledged or now > self._draining + FAREWELL_S
 
     def _announce(self, batch: list[Entry]) -> None:
-        """Tell each front end which of its requests begin: should this process die now, only those may have run."""
-        began: dict[Channel, list[int]] = {}
+        """Tell front ends which of their requests begin (should this process die now, only those may have run), and
+        how much there is to do."""
+        began: dict[Channel, list[int]] = {channel: [] for channel in list(self._channels)}
         for entry in batch:
             began.setdefault(entry.item.channel, []).append(entry.item.id)
+        waiting = sum(room.cost for room in self._rooms) + sum(entry.cost for entry in batch)
+        work = Workload(
+            self._speed.time_for(waiting), self._speed.time_for(sum(e.cost for e in batch)), self._speed.item_s
+        )
         for channel, ids in began.items():
-            self._send(channel, Beat(self._step, began=ids))
+            self._send(channel, Beat(self._step, 0.0, ids, work))
 
     def _respond(self) -> None:
         """Encode and send the answers of finished batches, in a thread beside the model's."""
         while (done := self._done.get()) is not None:
             outcomes: dict[Channel, list[Outcome]] = {}
             for entry, output in zip(done.batch, done.outputs, strict=True):
+                if output is None and not done.last:
+                    continue
                 timings = Timings((done.began - entry.arrived) * 1e3, done.run_s * 1e3, len(done.batch))
-                outcome = self._outcome(entry.item.id, output, timings)
+                if done.stream and output is None:
+                    outcome = Outcome(entry.item.id, timings=timings)
+                else:
+                    outcome = self._outcome(entry.item.id, output, timings)
+                    outcome.last = done.last or outcome.fault is not None
                 outcomes.setdefault(entry.item.channel, []).append(outcome)
             for channel, answers in outcomes.items():
                 self._send(channel, *answers)
-            self._metrics.count(done)
+            if done.last:
+                self._metrics.count(done)
 
     def _outcome(self, ident: int, output: Any, timings: Timings) -> Outcome:
         if not isinstance(output, BaseException):
@@ -181,48 +275,86 @@ class Worker:
     def _read(self, channel: Channel) -> None:
         try:
             while True:
-                entries, faults, cancelled = self._decode(channel, channel.recv(None))
-                with self._wakeup:
-                    for entry in entries:
-                        try:
-                            self._batcher.offer(entry)
-                        except HeadraceError as error:
-                            faults.append(Outcome(entry.item.id, fault=to_fault(error)))
-                    for ident in cancelled:
-                        self._batcher.cancel((channel, ident))
-                    self._wakeup.notify()
-                if faults:
-                    channel.send(*faults)
+                self._receive(channel, channel.recv(None))
         except ChannelClosed:
             channel.close()
             with self._wakeup:
-                for entry in self._batcher.waiting():
-                    if entry.item.channel is channel:
-                        self._batcher.cancel(entry.key)
+                self._channels.discard(channel)
+                self._unacknowledged.discard(channel)
+                for room in self._rooms:
+                    for entry in room.waiting():
+                        if entry.item.channel is channel:
+                            room.cancel(entry.key)
+                self._wakeup.notify()
 
-    def _decode(self, channel: Channel, frames: list[Any]) -> tuple[list[Entry], list[Outcome], list[int]]:
-        entries: list[Entry] = []
+    def _receive(self, channel: Channel, frames: list[Any]) -> None:
         faults: list[Outcome] = []
-        cancelled: list[int] = []
+        entries: list[tuple[Batcher, Entry]] = []
         now = self._clock.monotonic()
         for frame in frames:
             if isinstance(frame, Request):
                 try:
-                    item = self._loaded.prepare(decode_value(frame.body))
-                    cost = max(1, frame.cost or int(self._loaded.cost(item)))
-                except Exception as error:
+                    entries.append((self._room_for(frame), self._entry(channel, frame, now)))
+                except Exception as error:  # of the user's prepare() or cost()
                     faults.append(Outcome(frame.id, fault=_fault(error)))
-                    continue
-                call = _Call(channel, frame.id, frame.trace, item)
-                entries.append(Entry((channel, frame.id), call, cost, now, now + frame.deadline_s))
-            elif isinstance(frame, Cancel):
-                cancelled.append(frame.id)
-        return entries, faults, cancelled
+        with self._wakeup:
+            for room, entry in entries:
+                try:
+                    room.offer(entry)
+                except HeadraceError as error:
+                    faults.append(Outcome(entry.item.id, fault=to_fault(error)))
+            for frame in frames:
+                if isinstance(frame, Cancel):
+                    self._cancel((channel, frame.id))
+                elif isinstance(frame, Drain):
+                    self._unacknowledged.discard(channel)
+            self._wakeup.notify()
+        if faults:
+            channel.send(*faults)
+
+    def _entry(self, channel: Channel, request: Request, now: float) -> Entry:
+        item = self._loaded.prepare(decode_value(request.body))
+        cost = max(1, request.cost or int(self._loaded.cost(item)))
+        call = _Call(channel, request.id, request.trace, item)
+        return Entry((channel, request.id), call, cost, now, now + request.deadline_s)
+
+    def _room_for(self, request: Request) -> Batcher:
+        if request.stream:
+            return self._streams
+        return self._alone if request.alone else self._room
+
+    def _cancel(self, key: tuple[Channel, int]) -> None:
+        if not any(room.cancel(key) for room in self._rooms):
+            self._listening.discard(key)
 
     def _send(self, channel: Channel, *frames: Any) -> None:
         # A front end that has died waits for nothing; its reader thread cleans up after it.
         with contextlib.suppress(ChannelClosed):
             channel.send(*frames)
+
+
+class _Speed:
+    """How fast the model works while it works: seconds per unit of cost and per item, smoothed over batches."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._per_cost = 1 / tokens_per_s if tokens_per_s > 0 else 0.0
+        self.item_s = 0.0
+
+    def update(self, batch: list[Entry], run_s: float) -> None:
+        self._per_cost = _smooth(self._per_cost, run_s / sum(entry.cost for entry in batch))
+        self.item_s = _smooth(self.item_s, run_s / len(batch))
+
+    def time_for(self, cost: int) -> float:
+        return cost * self._per_cost
+
+
+def _closable(steps: Iterable[Any]) -> Generator[Any, None, None]:
+    """The steps of a stream; closing this closes a generator of the user's, too."""
+    yield from steps
+
+
+def _smooth(old: float, new: float) -> float:
+    return old + _SPEED_SHARE * (new - old) if old else new
 
 
 class _WorkerMetrics:
@@ -234,6 +366,7 @@ class _WorkerMetrics:
         self._padding = row.histogram(metrics.PADDING, model=model)
         self._real = row.counter(metrics.TOKENS, model=model, kind="real")
         self._padded = row.counter(metrics.TOKENS, model=model, kind="padding")
+        self.out_of_memory = row.counter(metrics.OUT_OF_MEMORY, model=model)
 
     def count(self, done: _Done) -> None:
         costs = [entry.cost for entry in done.batch]
@@ -246,6 +379,13 @@ class _WorkerMetrics:
         self._padded.inc(total - real)
         for entry in done.batch:
             self._queue_wait.observe(done.began - entry.arrived)
+
+
+def _empty_cache() -> None:
+    """Give memory that torch keeps for later back to the device, where the halves of a batch need it now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _late(ident: int) -> Outcome:
@@ -262,109 +402,3 @@ def _fault(error: BaseException) -> Fault:
         text = type(error).__name__
     # File names that are no UTF-8 come as lone surrogates, which no frame can carry.
     return Fault(RunnerError.code, text.encode("utf-8", "backslashreplace").decode())
-
-
-def listen(worker: Worker, path: Path) -> None:
-    """Accept front ends on a Unix socket. The path appears only when it accepts, and never over a living one."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    temporary = path.with_suffix(".new")
-    temporary.unlink(missing_ok=True)
-    listener.bind(str(temporary))
-    listener.listen(128)
-    os.rename(temporary, path)
-
-    def accept() -> None:
-        while True:
-            connection, _ = listener.accept()
-            with contextlib.suppress(ChannelClosed):
-                worker.attach(SocketChannel(connection))
-
-    threading.Thread(target=accept, name="accept", daemon=True).start()
-
-
-def _warm_up(loaded: Loaded, config: ModelConfig) -> Calibration | None:
-    if loaded.example is None:
-        return None
-    measured = calibrate(
-        loaded.runner.run,
-        loaded.example,
-        loaded.cost,
-        max_batch_size=config.max_batch_size,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    _log.info(
-        "%s warmed up: best batch %d, overhead %.0f tokens, %.0f tokens/s",
-        config.name,
-        measured.batch_size,
-        measured.overhead_tokens,
-        measured.tokens_per_s,
-    )
-    return measured
-
-
-def _load(config: ModelConfig, index: int) -> tuple[Loaded, Calibration | None]:
-    loaded = open_target(config, pick_device(config.device, index))
-    if "torch" in sys.modules:
-        limit_threads(int(os.environ["OMP_NUM_THREADS"]))
-    return loaded, _warm_up(loaded, config)
-
-
-def _beat_for_ever(child: Child, worker: Worker) -> None:
-    pause = threading.Event()
-    while True:
-        child.tell(worker.beat())
-        pause.wait(BEAT_S)
-
-
-def _end_with_thread(problem: threading.ExceptHookArgs) -> None:
-    """A worker that has lost one of its threads would beat on and answer nothing: end it, so that it is replaced."""
-    trace = "".join(traceback.format_exception(problem.exc_type, problem.exc_value, problem.exc_traceback))
-    _log.error("a thread of the worker failed; ending the process\n%s", trace)
-    os._exit(70)
-
-
-def main(argv: list[str]) -> int:
-    """``python -m headrace.serving.worker SLOT RUN_DIR CONTROL_FD``; the slot is ``worker.MODEL.INDEX``."""
-    child = Child(argv)
-    threading.excepthook = _end_with_thread
-    name, index = parse_worker(child.slot)
-    config = child.config.models[name]
-    worker: Worker | None = None
-
-    def drain(grace_s: float = 0.0) -> None:
-        if worker is None:
-            os._exit(0)
-        worker.drain()
-
-    # The terminal's Ctrl-C is the supervisor's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: drain())
-    child.watch(drain)
-    try:
-        loaded, calibration = _load(config, index)
-        worker = Worker(loaded, config, child.row, calibration)
-        listen(worker, child.run_dir.socket(list(child.config.models).index(name), index))
-    except HeadraceError as error:
-        _log.error("%s cannot start: %s%s", name, error.message, f" ({error.hint})" if error.hint else "")
-        return 3
-    except Exception:
-        _log.error("%s cannot start:\n%s", name, traceback.format_exc())
-        return 3
-    child.tell(worker.hello)
-    threading.Thread(target=_beat_for_ever, args=(child, worker), name="beat", daemon=True).start()
-    worker.serve()
-    close = getattr(loaded.runner, "close", None)
-    if close is not None:
-        close()
-    return 0
-
-
-if __name__ == "__main__":
-    # Threads that still serve a vanished front end must not hold up the end of the process.
-    try:
-        code = main(sys.argv[1:])
-    except BaseException:
-        _log.error("the worker failed:\n%s", traceback.format_exc())
-        code = 70
-    sys.stderr.flush()
-    os._exit(code)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from headrace.core import ModelInfo
 from headrace.errors import HeadraceError, InvalidInput
 from headrace.serving.items import Item, ItemReader
 from headrace.serving.protocols.native import to_json
@@ -32,8 +34,8 @@ def model_name(body: Any) -> str:
     return name
 
 
-async def read(body: dict[str, Any], reader: ItemReader) -> list[Item]:
-    """The items of an embeddings request. One bad item fails the whole request, as clients of this API expect.
+def parse(body: dict[str, Any], info: ModelInfo) -> Texts:
+    """What an embeddings request asks for. One bad item fails the whole request, as clients of this API expect.
 
     Raises:
         InvalidInput: names the parameter.
@@ -41,28 +43,36 @@ async def read(body: dict[str, Any], reader: ItemReader) -> list[Item]:
     extra = next((key for key in body if key not in _KNOWN), None)
     if extra is not None:
         raise InvalidInput("unknown parameter", field=extra)
-    if not reader.info.width:
-        raise InvalidInput(f"{reader.info.name} does not make embeddings", field="model")
+    if not info.width:
+        raise InvalidInput(f"{info.name} does not make embeddings", field="model")
     if body.get("encoding_format", "float") not in ("float", "base64"):
         raise InvalidInput("must be float or base64", field="encoding_format")
-    if body.get("dimensions") not in (None, reader.info.width):
-        raise InvalidInput(f"this model has {reader.info.width} dimensions and no others", field="dimensions")
+    if body.get("dimensions") not in (None, info.width):
+        raise InvalidInput(f"this model has {info.width} dimensions and no others", field="dimensions")
     given = body.get("input")
     if isinstance(given, str):
-        return [await reader.read(given, "input")]
+        return Texts([given], ["input"])
     if not isinstance(given, list) or not given:
         raise InvalidInput("must be a text, a list of texts, or lists of token ids", field="input")
     if all(type(value) is int for value in given):
-        return [reader.read_ids(given, "input")]
-    items = []
-    for index, value in enumerate(given):
-        place = f"input[{index}]"
-        items.append(reader.read_ids(value, place) if isinstance(value, list) else await reader.read(value, place))
-    return items
+        return Texts([given], ["input"])
+    return Texts(given, [f"input[{index}]" for index in range(len(given))])
 
 
-def write(body: dict[str, Any], items: list[Item], vectors: list[Any]) -> bytes:
-    tokens = sum(item.cost for item in items)
+@dataclass(frozen=True)
+class Texts:
+    """Texts or lists of token ids, each with its place in the body."""
+
+    values: list[Any]
+    places: list[str]
+
+    async def read(self, index: int, reader: ItemReader) -> Item:
+        """Check and encode one item. Raises `InvalidInput`."""
+        value, place = self.values[index], self.places[index]
+        return reader.read_ids(value, place) if isinstance(value, list) else await reader.read(value, place)
+
+
+def write(body: dict[str, Any], tokens: int, vectors: list[Any]) -> bytes:
     encode: Callable[[Any], Any] = _base64 if body.get("encoding_format") == "base64" else lambda vector: vector
     return to_json(
         {

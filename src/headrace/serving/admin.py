@@ -1,0 +1,89 @@
+"""The admin port: what runs here, reload, scale. For people and programs of this machine, never for clients."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from headrace import metrics
+from headrace.config import Config
+from headrace.errors import InvalidInput
+from headrace.serving.fleet import Fleet
+from headrace.version import __version__
+from headrace.web import Guard, make_app, parse_json, require_json_post
+
+
+class _Scale(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /admin/scale``."""
+
+    model: str
+    workers: int
+
+
+def admin_app(
+    config: Config, fleet: Fleet, reload: Callable[[], Awaitable[dict[str, Any]]], reader: metrics.Reader
+) -> Any:
+    """The application of the admin port.
+
+    Args:
+        reload: reads the configuration again and replaces the workers.
+    """
+    app: FastAPI = make_app("headrace admin", __version__)
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(reader.exposition(), headers={"content-type": metrics.CONTENT_TYPE})
+
+    @app.get("/admin/workers")
+    async def workers() -> dict[str, Any]:
+        return {"workers": fleet.describe()}
+
+    @app.post("/admin/reload")
+    async def reload_all() -> dict[str, Any]:
+        return {"models": await reload()}
+
+    @app.post("/admin/scale")
+    async def scale(request: Request) -> dict[str, Any]:
+        require_json_post(request.method, dict(request.scope["headers"]))
+        try:
+            body = msgspec.convert(parse_json(await request.body()), _Scale)
+        except msgspec.ValidationError as error:
+            raise InvalidInput(str(error), field="body", hint='for example {"model": "minilm", "workers": 2}') from None
+        await fleet.scale(body.model, body.workers)
+        return {"workers": fleet.describe()}
+
+    return Guard(app, keys=config.api_keys, hosts={config.admin_host})
+
+
+class AdminServer(uvicorn.Server):
+    """uvicorn inside the supervisor's loop: signals stay the supervisor's."""
+
+    def __init__(self, app: Any, listener: socket.socket) -> None:
+        # Something of the console may be streaming; it must not hold up the end.
+        super().__init__(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=1
+            )
+        )
+        self._listener = listener
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def run_until_stopped(self) -> None:
+        await self.serve(sockets=[self._listener])
+
+    def stop(self) -> None:
+        self.should_exit = True
