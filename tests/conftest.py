@@ -117,7 +117,12 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    tmp_path: Path, *arguments: str, ready: bool = True, env: dict[str, str] | None = None, verb: str = "serve"
+    tmp_path: Path,
+    *arguments: str,
+    ready: bool = True,
+    env: dict[str, str] | None = None,
+    verb: str = "serve",
+    cwd: Path = MODELS,
 ) -> Iterator[Server]:
     """A server of our own, which leaves neither process, socket nor directory behind."""
     port, admin = (free_port(), free_port())
@@ -132,7 +137,7 @@ def serving(
             [HEADRACE, verb, *arguments, "--port", str(port), "--admin-port", str(admin)],
             stdout=out,
             stderr=out,
-            cwd=MODELS,
+            cwd=cwd,
             env={**os.environ, "XDG_RUNTIME_DIR": str(short), **(env or {})},
         )
     server = Server(process, port, admin, log, run_parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,57 @@ class FailsToLoad:
 
 async def wrong(inputs: list[str]) -> list[str]:
     return inputs
+
+
+class Versioned:
+    """Answers with the text of a file as it was at the start, and with the number of its batch."""
+
+    def load(self, device: str) -> None:
+        self.version = Path(os.environ["VERSION_FILE"]).read_text().strip()
+        if self.version == "broken":
+            raise RuntimeError("this version cannot be loaded")
+        self.batches = 0
+
+    def run(self, inputs: list[str]) -> list[dict[str, Any]]:
+        self.batches += 1
+        time.sleep(0.005)
+        return [{"item": item, "version": self.version, "batch": f"{os.getpid()}.{self.batches}"} for item in inputs]
+
+
+class Words:
+    """Streams the words of a text; ``fail`` fails."""
+
+    def stream(self, inputs: list[str]) -> Iterator[list[Any]]:
+        texts = [text.split() for text in inputs]
+        for step in range(max(map(len, texts))):
+            words = [text[step] if step < len(text) else None for text in texts]
+            yield [ValueError("secret") if word == "fail" else word for word in words]
+            time.sleep(0.02)
+
+
+class Endless:
+    """Streams until nobody listens, and says so in a file."""
+
+    def stream(self, inputs: list[str]) -> Iterator[list[Any]]:
+        try:
+            while True:
+                time.sleep(0.01)
+                yield ["more"] * len(inputs)
+        finally:
+            Path(os.environ["ENDLESS_LOG"]).write_text("closed")
+
+
+def sizes(inputs: list[bytes]) -> list[int]:
+    return [len(content) for content in inputs]
+
+
+def mirror(inputs: list[bytes]) -> list[bytes]:
+    return [content[::-1] for content in inputs]
+
+
+class CrashLoop:
+    """Dies at its first batch, in every life."""
+
+    def run(self, inputs: list[str]) -> list[str]:
+        os.kill(os.getpid(), 9)
+        return inputs

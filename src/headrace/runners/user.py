@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,8 +44,9 @@ def open_user(config: ModelConfig, device: str) -> Loaded:
         device=device,
         item_schema=msgspec.json.encode(_schema(adapter) if item_type is not Any else _ANYTHING_BUT_NULL),
         output_schema=msgspec.json.encode(_schema(pydantic.TypeAdapter(output_type))),
+        streams=hasattr(runner, "stream"),
     )
-    parts: dict[str, Any] = {name: getattr(runner, name) for name in ("cost", "finish") if hasattr(runner, name)}
+    parts: dict[str, Any] = {name: getattr(runner, name) for name in ("cost", "finish", "stream") if hasattr(runner, name)}
     if config.example:
         example = prepare(_example(config))
         parts["example"] = lambda length: example
@@ -112,6 +113,8 @@ def as_runner(thing: Any, target: str) -> Runner:
         LoadError: it is neither, or its ``run`` is async.
     """
     run = getattr(thing, "run", None)
+    if run is None and hasattr(thing, "stream"):
+        thing.run = run = _collect(thing.stream)
     if run is None:
         if not callable(thing):
             raise LoadError(
@@ -124,6 +127,23 @@ def as_runner(thing: Any, target: str) -> Runner:
     if not hasattr(thing, "load"):
         thing.load = lambda device: None
     return cast(Runner, thing)
+
+
+def _collect(stream: Callable[[list[Any]], Iterable[list[Any]]]) -> Callable[[list[Any]], list[Any]]:
+    """``run`` of a model that has only ``stream``: the chunks of each item as a list."""
+
+    def run(inputs: list[Any]) -> list[Any]:
+        answers: list[Any] = [[] for _ in inputs]
+        for chunks in stream(inputs):
+            for index, chunk in enumerate(chunks):
+                if isinstance(chunk, BaseException):
+                    answers[index] = chunk
+                elif chunk is not None and isinstance(answers[index], list):
+                    answers[index].append(chunk)
+        return answers
+
+    run.__annotations__["inputs"] = typing.get_type_hints(stream).get("inputs", list[Any])
+    return run
 
 
 def _is_torch_module(thing: Any) -> bool:
