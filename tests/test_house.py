@@ -21,7 +21,7 @@ LAYERS = [
     {"core", "metrics", "stats"},
     {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "web"},
     {"serving", "loadgen", "dynamic"},
-    {"", "cli", "up", "testing", "__main__"},
+    {"", "cli", "up", "asgi", "library", "testing", "__main__"},
 ]
 PARTS = {"serving", "loadgen", "dynamic"}
 TORCH_ALLOWED = {"runners"}

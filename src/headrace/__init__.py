@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         RunnerError,
         Unavailable,
     )
+    from headrace.library import App, serve
     from headrace.version import __version__
 
 __all__ = [
+    "App",
     "ConfigError",
     "DeadlineExceeded",
     "DynamicBatcher",
@@ -33,9 +35,10 @@ __all__ = [
     "RunnerError",
     "Unavailable",
     "__version__",
+    "serve",
 ]
 
-_HOMES = {"DynamicBatcher": "dynamic", "__version__": "version"}
+_HOMES = {"App": "library", "DynamicBatcher": "dynamic", "__version__": "version", "serve": "library"}
 
 
 def __getattr__(name: str) -> Any:

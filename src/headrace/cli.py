@@ -69,7 +69,9 @@ def serve(target: str | None, name: str | None, file: Path | None, **flags: Any)
 
     Without a target, the models of the configuration file are served.
     """
-    targets = {name or _name_of(target): target} if target else {}
+    from headrace.config import name_of
+
+    targets = {name or name_of(target): target} if target else {}
     _serve(lambda: config.load(flags, targets=targets, file=file))
 
 
@@ -142,18 +144,6 @@ def _serve(read: Callable[[], config.Config]) -> None:
     names = ", ".join(f"{name} from {model.target}" for name, model in settings.models.items())
     click.echo(f"loading {names}", err=True)
     sys.exit(asyncio.run(serve(settings, on_ready, read)))
-
-
-def _name_of(target: str) -> str:
-    """A model's name from its target: the last part of a path, a hub id or a module path."""
-    import re
-
-    if ":" in target and not Path(target).exists():
-        stem = target.rpartition(":")[2]
-    else:
-        path = Path(target)
-        stem = path.stem if path.suffix in {".pt", ".ts"} else path.resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-._") or "model"
 
 
 def run() -> None:

@@ -1,7 +1,7 @@
 """A client of a headrace server, for plain and for asyncio programs.
 
-What to send, when to try again and what an answer means is written once, in `_Core`: generators that yield what is to be
-done next. `Client` and `AsyncClient` only do it: send and sleep. Knows the server by its HTTP interface alone.
+What to send, when to try again and what an answer means is written once, in `_Core`: generators that yield what is
+to be done next. `Client` and `AsyncClient` only do it: send and sleep. Knows the server by its HTTP interface alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import httpx
 import msgspec
 import orjson
 
-from headrace import clock as time
+from headrace.clock import SYSTEM, Clock, sleep
 from headrace.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -123,8 +123,8 @@ class Client:
         api_key: str | None = None,
         timeout_s: float = 60.0,
         retries: int = 3,
-        clock: time.Clock = time.SYSTEM,
-        sleep: Callable[[float], None] = time.sleep,
+        clock: Clock = SYSTEM,
+        sleep: Callable[[float], None] = sleep,
         jitter: random.Random | None = None,
     ) -> None:
         self._core = _Core(base_url, api_key, timeout_s, retries, clock, jitter)
@@ -203,7 +203,7 @@ class AsyncClient:
         api_key: str | None = None,
         timeout_s: float = 60.0,
         retries: int = 3,
-        clock: time.Clock = time.SYSTEM,
+        clock: Clock = SYSTEM,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: random.Random | None = None,
     ) -> None:
@@ -275,7 +275,7 @@ class _Core:
         api_key: str | None,
         timeout_s: float,
         retries: int,
-        clock: time.Clock,
+        clock: Clock,
         jitter: random.Random | None,
     ) -> None:
         if retries < 0:
@@ -424,7 +424,7 @@ class _Ask(msgspec.Struct, frozen=True):
 class _Try:
     """One sending of a request, and what has come of it."""
 
-    def __init__(self, ask: _Ask, until: float, clock: time.Clock) -> None:
+    def __init__(self, ask: _Ask, until: float, clock: Clock) -> None:
         self._ask = ask
         self._until = until
         self._clock = clock

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -296,3 +297,13 @@ def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]
 
 def _plain(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def name_of(target: str) -> str:
+    """A model's name from its target: the last part of a path, a hub id or a module path."""
+    if ":" in target and not Path(target).exists():
+        stem = target.rpartition(":")[2]
+    else:
+        path = Path(target)
+        stem = path.stem if path.suffix in {".pt", ".ts"} else path.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip("-._") or "model"

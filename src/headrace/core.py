@@ -84,12 +84,17 @@ class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
 class TextSpec(msgspec.Struct, frozen=True):
     """How a front end turns text into token ids without torch: a `tokenizers` file and the model's limits.
 
-    ``max_tokens`` counts special tokens; ``vocabulary`` is the number of rows of the embedding table.
+    ``max_tokens`` counts special tokens; ``vocabulary`` is the number of rows of the embedding table, ``token_types``
+    that of the token types' (0: the model takes none). ``prefix`` goes before every text, then ``lower`` makes the whole
+    lower-case; token ids that clients send themselves are left as they are.
     """
 
     tokenizer: str
     max_tokens: int
     vocabulary: int
+    token_types: int = 0
+    prefix: str = ""
+    lower: bool = False
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

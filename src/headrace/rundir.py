@@ -3,12 +3,18 @@
 It is the registry by which processes find each other: a worker that is ready has a socket in ``workers/``. It lies in
 ``$XDG_RUNTIME_DIR`` or the temporary folder, readable by its owner only, and goes with the server: the supervisor
 removes it, or, when that was killed, its children do, or else the next server that starts.
+
+The processes of an application under another server (`serving/embedded.py`) share one, named after what they have in
+common; it goes with the last of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
+import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -17,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from headrace import metrics
 from headrace.config import Config
 
 _PREFIX = "headrace-"
@@ -33,29 +40,100 @@ class RunDir:
         self.metrics = path / "metrics"
         self._pids = path / "pids"
         self._circuits = path / "circuits"
+        self._slots = path / "slots"
         self._config = path / "config.json"
         self._held: int | None = None
+        self._mine: list[int] = []
 
     @classmethod
     def create(cls, config: Config) -> RunDir:
         """Make a new one, holding its lock for the life of this process, and sweep those whose server was killed."""
-        parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-        if len(os.fsencode(parent)) > _LONGEST_PARENT or not os.access(parent, os.W_OK | os.X_OK):
-            parent = Path(tempfile.gettempdir())
+        parent = _parent()
         _sweep(parent)
         # Until it is whole and locked it has a name that no other server's sweep looks at.
         directory = cls(Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent)))
         directory._held = _lock(directory.path)
-        directory.workers.mkdir()
-        directory.metrics.mkdir()
-        directory._pids.mkdir()
-        directory._circuits.mkdir()
+        directory._make_folders()
         directory.write_config(config)
         final = parent / directory.path.name.removeprefix(".")
         directory.path.rename(final)
         held, directory = directory._held, cls(final)
         directory._held = held
         return directory
+
+    @classmethod
+    async def join(cls, config: Config) -> RunDir:
+        """The directory that all processes of one application share: same configuration, same place, same user.
+
+        This process counts as one of its users until `leave`, or its end.
+        """
+        key = msgspec.json.encode((config, os.getcwd(), os.getuid()))
+        parent = _parent()
+        directory = cls(parent / f"{_PREFIX}app-{hashlib.sha256(key).hexdigest()[:12]}")
+        while True:
+            directory.path.mkdir(mode=0o700, exist_ok=True)
+            if directory.path.stat().st_uid != os.getuid():
+                raise PermissionError(f"{directory.path} belongs to somebody else")
+            with contextlib.suppress(OSError):  # of a directory that goes this moment, or is held by who removes it
+                users = os.open(directory.path / "users", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(users, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    if os.fstat(users).st_ino == (directory.path / "users").stat().st_ino:
+                        directory._mine.append(users)
+                        directory._make_folders()
+                        return directory
+                except OSError:
+                    pass
+                os.close(users)
+            await asyncio.sleep(0.1)
+
+    def leave(self) -> None:
+        """Be no user of a shared directory any more."""
+        for descriptor in self._mine:
+            os.close(descriptor)
+        self._mine.clear()
+
+    def try_lock(self) -> int | None:
+        """The directory's lock as an inheritable descriptor, if nobody has it."""
+        descriptor = _lock(self.path)
+        if descriptor is not None:
+            os.set_inheritable(descriptor, True)
+        return descriptor
+
+    def prepare(self, config: Config) -> None:
+        """Forget workers that are gone, for those that are about to start."""
+        for path in (*self.workers.iterdir(), *self._circuits.iterdir()):
+            path.unlink(missing_ok=True)
+        self.write_config(config)
+
+    def take_slot(self) -> tuple[str, Path]:
+        """A front end's name that no living process has, and its file of metrics."""
+        for number in itertools.count():
+            path = self._slots / f"http.{number}"
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            if _try_exclusive(descriptor):
+                self._mine.append(descriptor)
+                return path.name, self.metrics_file(path.name)
+            os.close(descriptor)
+        raise AssertionError
+
+    def slots_taken(self) -> int:
+        """How many front ends there are."""
+        return max(1, len(list(self._slots.iterdir())))
+
+    def clear_vacant_slots(self) -> None:
+        """Leave no stale figures of front ends that have ended without a word."""
+        for path in self._slots.iterdir():
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            if _try_exclusive(descriptor):
+                if (file := self.metrics_file(path.name)).exists():
+                    metrics.Row(file).close()
+                path.unlink()
+            os.close(descriptor)
+
+    def _make_folders(self) -> None:
+        for folder in (self.workers, self.metrics, self._pids, self._circuits, self._slots):
+            folder.mkdir(exist_ok=True)
 
     def write_config(self, config: Config) -> None:
         """Tell every process, those to come and the front ends that look for it, the configuration of now."""
@@ -118,6 +196,13 @@ class RunDir:
             self._held = None
 
 
+def _parent() -> Path:
+    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    if len(os.fsencode(parent)) > _LONGEST_PARENT or not os.access(parent, os.W_OK | os.X_OK):
+        return Path(tempfile.gettempdir())
+    return parent
+
+
 def _write(path: Path, content: bytes) -> None:
     """Replace a file at once: a reader sees the old content or the new."""
     temporary = path.with_name(f"{path.name}.new")
@@ -128,12 +213,18 @@ def _write(path: Path, content: bytes) -> None:
 def _lock(path: Path) -> int | None:
     """Take the directory's lock while the descriptor given back is open; ``None`` if another process has it."""
     descriptor = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    if _try_exclusive(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _try_exclusive(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        return False
+    return True
 
 
 def _sweep(parent: Path) -> None:

@@ -158,13 +158,14 @@ def require_known_type(headers: Mapping[bytes, bytes], *, files: bool = False, b
     Raises:
         UnsupportedMediaType: it is neither. A type is asked for, since a page of another site can post what is
             undeclared without asking first.
-        Forbidden: a form, which such a page can post as well, comes from another site.
+        Forbidden: a form, or an undeclared body where one is allowed, comes from a page of another site.
     """
     kind = headers.get(b"content-type", b"")
     plain = kind.partition(b";")[0].strip().lower()
     if (files or binary) and plain == b"application/octet-stream":
         return
-    if files and plain == b"multipart/form-data":
+    # The Open Inference Protocol's best-known client declares nothing.
+    if (files and plain == b"multipart/form-data") or (binary and not plain):
         refuse_other_sites(headers)
         return
     raise UnsupportedMediaType(

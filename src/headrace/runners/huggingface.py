@@ -6,6 +6,7 @@ is never run, weights are safetensors or loaded with ``weights_only``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Files:
     config: dict[str, Any]
     modules: list[dict[str, Any]]
     pooling: dict[str, Any]
+    sentences: dict[str, Any]
+    prompts: dict[str, Any]
     max_tokens: int
 
     @classmethod
@@ -39,8 +42,9 @@ class Files:
             raise LoadError(f"{directory} has no config.json", field="target", hint="give a Hugging Face directory")
         modules = _read_json(directory / "modules.json") or []
         pooling = next((m["path"] for m in modules if m["type"].endswith(".Pooling")), "1_Pooling")
+        sentences = _read_json(directory / "sentence_bert_config.json") or {}
         limits = [
-            (_read_json(directory / "sentence_bert_config.json") or {}).get("max_seq_length"),
+            sentences.get("max_seq_length"),
             (_read_json(directory / "tokenizer_config.json") or {}).get("model_max_length"),
             config.get("max_position_embeddings"),
         ]
@@ -52,6 +56,8 @@ class Files:
             config,
             modules,
             _read_json(directory / pooling / "config.json") or {},
+            sentences,
+            _read_json(directory / "config_sentence_transformers.json") or {},
             int(min((limit for limit in limits if limit), default=512)),
         )
 
@@ -69,8 +75,38 @@ class Files:
             hint="say --task embed, classify or logits",
         )
 
+    def prefix(self) -> str:
+        """The prompt that sentence-transformers puts before every text unless told otherwise.
+
+        Raises:
+            LoadError: there is no prompt of that name, or it should not be pooled.
+        """
+        name = self.prompts.get("default_prompt_name")
+        if name is None:
+            return ""
+        prompt = (self.prompts.get("prompts") or {}).get(name)
+        if prompt is None:
+            raise LoadError(
+                f"{self.directory} has no prompt {name!r}",
+                field="target",
+                hint="mend default_prompt_name in config_sentence_transformers.json",
+            )
+        if prompt and not self.pooling.get("include_prompt", True):
+            raise LoadError(
+                f"cannot leave the prompt {name!r} out of the pooling",
+                field="target",
+                hint="serve it as a class with run()",
+            )
+        return str(prompt)
+
 
 def open_huggingface(config: ModelConfig, device: str) -> Loaded:
+    """Load a model directory or hub id.
+
+    Raises:
+        LoadError: a file is missing or unreadable, or asks for something that is not done here.
+        Unavailable: torch or transformers is not installed.
+    """
     try:
         import torch
         import transformers
@@ -91,10 +127,15 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
         model = kind.from_pretrained(files.directory, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise LoadError(f"cannot load {config.target}: {error}", field="target") from error
-    runner = _EncoderRunner(model.eval(), _head(task, files, model.config))
-    runner.load(device)
     vocabulary = model.get_input_embeddings().num_embeddings
     max_tokens = min(files.max_tokens, config.max_batch_tokens)
+    spec = TextSpec(str(files.directory / _TOKENIZER_FILE), max_tokens, vocabulary, _token_types(model))
+    if task == "embed":
+        lower = bool(files.sentences.get("do_lower_case"))
+        spec = msgspec.structs.replace(spec, prefix=files.prefix(), lower=lower)
+    text.TextPreparer(spec)  # front ends make their own; what is wrong with it must be said at load
+    runner = _EncoderRunner(model.eval(), _head(task, files, model.config), _padding(task, model.config, vocabulary))
+    runner.load(device)
     info = ModelInfo(
         name=config.name,
         task=task,
@@ -102,7 +143,7 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
         device=device,
         item_schema=msgspec.json.encode({"type": "string", "maxLength": config.max_input_chars}),
         output_schema=msgspec.json.encode(_OUTPUT_SCHEMAS[task]),
-        text=TextSpec(str(files.directory / _TOKENIZER_FILE), max_tokens, vocabulary),
+        text=spec,
         width=model.config.hidden_size if task == "embed" else 0,
     )
     ids = np.arange(max_tokens, dtype=np.int32) % max(1, vocabulary // 2)
@@ -124,12 +165,38 @@ _OUTPUT_SCHEMAS: dict[str, Any] = {
 }
 
 
+def _token_types(model: Any) -> int:
+    """Rows of the table of token types. GPT-2 looks them up among the tokens and has no such table."""
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return 0
+    return int(getattr(model.config, "type_vocab_size", 0))
+
+
+def _padding(task: str, config: Any, vocabulary: int) -> int:
+    """The token id to pad with.
+
+    Raises:
+        LoadError: it is not known, and a classifier may look for an item's end by it.
+    """
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
+    if padding is not None and 0 <= padding < vocabulary:
+        return int(padding)
+    if task != "embed":
+        raise LoadError(
+            f"the classifier has no pad_token_id from 0 to {vocabulary - 1}: its items cannot be batched",
+            field="target",
+            hint="set pad_token_id in config.json to the tokenizer's padding token",
+        )
+    return 0  # the attention mask hides whatever stands there
+
+
 class _EncoderRunner:
     """Pads a batch of token ids, runs the encoder, applies the head."""
 
-    def __init__(self, model: Any, head: Callable[[Any, Any], list[Any]]) -> None:
+    def __init__(self, model: Any, head: Callable[[Any, Any], list[Any]], padding: int) -> None:
         self._model = model
         self._head = head
+        self._padding = padding
         self._device = "cpu"
 
     def load(self, device: str) -> None:
@@ -139,17 +206,17 @@ class _EncoderRunner:
     def run(self, inputs: list[Any]) -> list[Any]:
         import torch
 
-        batch = {name: torch.from_numpy(values) for name, values in _collate(inputs).items()}
+        batch = {name: torch.from_numpy(values) for name, values in _collate(inputs, self._padding).items()}
         if self._device != "cpu":
             batch = {name: values.pin_memory().to(self._device, non_blocking=True) for name, values in batch.items()}
         with torch.inference_mode():
             return self._head(self._model(**batch), batch["attention_mask"])
 
 
-def _collate(items: list[Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Right-pad to the longest: int64 arrays of shape (items, longest)."""
+def _collate(items: list[Any], padding: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Right-pad to the longest, ids with ``padding``, all else with 0: int64 arrays of shape (items, longest)."""
     shape = (len(items), max(map(text.cost, items)))
-    batch = {"input_ids": np.zeros(shape, np.int64), "attention_mask": np.zeros(shape, np.int64)}
+    batch = {"input_ids": np.full(shape, padding, np.int64), "attention_mask": np.zeros(shape, np.int64)}
     for row, item in enumerate(items):
         if isinstance(item, dict):
             for name, values in item.items():
@@ -215,7 +282,7 @@ def _embedding_head(files: Files) -> Callable[[Any, Any], list[Any]]:
 
 def _mean(states: Any, mask: Any) -> Any:
     weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
 def _last(states: Any, mask: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -15,6 +16,7 @@ from headrace.errors import InvalidInput, LoadError
 from headrace.runners import Loaded
 
 _SEQUENCES = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_MOST = 2**63 - 1
 _SCHEMA = {
     "anyOf": [
         {"type": ["array", "number"]},
@@ -37,7 +39,7 @@ class ModuleRunner:
         self._names = _parameters(module)
         self._takes_mask = "attention_mask" in (self._names or ())
         floats = [p.dtype for p in module.parameters() if p.dtype.is_floating_point]
-        self._number = floats[0] if floats and not _has_embedding(module) else None
+        self._number = floats[0] if floats and not _embeddings(module) else None
 
     def load(self, device: str) -> None:
         self._device = device
@@ -45,12 +47,12 @@ class ModuleRunner:
 
     def run(self, inputs: list[Any]) -> list[Any]:
         with torch.inference_mode():
-            if not isinstance(inputs[0], dict):
-                batch, lengths = self._collate([self._as_numbers(item) for item in inputs])
-                output = self._module(batch)
-            else:
+            if any(isinstance(item, dict) for item in inputs):
                 named, lengths = self._collate_named(inputs)
                 output = self._module(**named)
+            else:
+                batch, lengths = self._collate([self._as_numbers(item) for item in inputs])
+                output = self._module(batch)
             return self._split(output, lengths)
 
     def _as_numbers(self, value: Any) -> torch.Tensor:
@@ -68,6 +70,7 @@ class ModuleRunner:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(self._device), lengths
 
     def _collate_named(self, inputs: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int] | None]:
+        _check_same_names(inputs)
         names = list(dict.fromkeys(name for item in inputs for name in item))
         unknown = [name for name in names if self._names is not None and name not in self._names]
         if unknown:
@@ -109,21 +112,29 @@ class ModuleRunner:
         return items
 
 
-def prepare(item: Any) -> Any:
+def prepare(item: Any, vocabulary: int | None = None) -> Any:
     """One item as clients may write it → tensors; whole numbers become int64, others float32.
 
     A leading dimension of 1 on token tensors, as tokenizers return it, is taken off.
 
+    Args:
+        vocabulary: how many token ids the module has an embedding for; ``None`` if nobody knows.
+
     Raises:
-        InvalidInput: ragged lists or other things that are no tensor.
+        InvalidInput: ragged lists or other things that are no tensor; a number where a sequence is needed; token ids
+            outside the vocabulary.
     """
-    if isinstance(item, dict):
-        named = {name: _tensor(value, f"input.{name}") for name, value in item.items()}
-        return {
-            name: value[0] if name in _SEQUENCES and value.dim() == 2 and value.shape[0] == 1 else value
-            for name, value in named.items()
-        }
-    return _tensor(item, "input")
+    if not isinstance(item, dict):
+        return _tensor(item, "input")
+    named = {name: _tensor(value, f"input.{name}") for name, value in item.items()}
+    for name in _SEQUENCES & named.keys():
+        if named[name].dim() == 0:
+            raise InvalidInput("must be a list", field=f"input.{name}")
+        if named[name].dim() == 2 and named[name].shape[0] == 1:
+            named[name] = named[name][0]
+    if vocabulary is not None and "input_ids" in named:
+        _check_ids(named["input_ids"], vocabulary)
+    return named
 
 
 def cost(item: Any) -> int:
@@ -148,6 +159,7 @@ def finish(output: Any) -> Any:
 def open_module(config: ModelConfig, module: torch.nn.Module, device: str, platform: str = "pytorch") -> Loaded:
     runner = ModuleRunner(module)
     runner.load(device)
+    read = functools.partial(prepare, vocabulary=_vocabulary(module))
     info = ModelInfo(
         name=config.name,
         task="custom",
@@ -158,14 +170,14 @@ def open_module(config: ModelConfig, module: torch.nn.Module, device: str, platf
     example = None
     if config.example:
         try:
-            made = prepare(msgspec.json.decode(config.example))
+            made = read(msgspec.json.decode(config.example))
         except (msgspec.DecodeError, InvalidInput) as error:
             raise LoadError(f"the example of {config.name} is not usable: {error}", field="example") from None
 
         def example(length: int) -> Any:
             return made
 
-    return Loaded(runner, info, prepare=prepare, cost=cost, finish=finish, example=example)
+    return Loaded(runner, info, prepare=read, cost=cost, finish=finish, example=example)
 
 
 def _tensor(value: Any, field: str) -> torch.Tensor:
@@ -175,6 +187,8 @@ def _tensor(value: Any, field: str) -> torch.Tensor:
         array = np.asarray(value)
     except ValueError:
         raise InvalidInput("rows differ in length: not a tensor", field=field) from None
+    if array.dtype.kind == "u" and array.size and int(array.max()) > _MOST:
+        raise InvalidInput("integers must fit in 64 bits with a sign", field=field)
     if array.dtype.kind in "iub":
         return torch.as_tensor(array.astype(np.int64))
     if array.dtype.kind == "f":
@@ -182,11 +196,46 @@ def _tensor(value: Any, field: str) -> torch.Tensor:
     raise InvalidInput("must be numbers", field=field)
 
 
-def _has_embedding(module: torch.nn.Module) -> bool:
-    return any(
-        isinstance(part, torch.nn.Embedding) or getattr(part, "original_name", "") == "Embedding"
+def _check_ids(ids: torch.Tensor, vocabulary: int) -> None:
+    """On a GPU an id without an embedding ends the process: every later call fails, too."""
+    if ids.is_floating_point():
+        raise InvalidInput("token ids are whole numbers", field="input.input_ids")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise InvalidInput(f"token ids go from 0 to {vocabulary - 1}", field="input.input_ids")
+
+
+def _check_same_names(inputs: list[Any]) -> None:
+    """A batch mixes clients. Raising makes `isolation.run_batch` run those that go together by themselves.
+
+    Only a mask may be left out, where there are ids to make it from.
+    """
+    names = {
+        frozenset(item) - ({"attention_mask"} if "input_ids" in item else set()) if isinstance(item, dict) else None
+        for item in inputs
+    }
+    if len(names) > 1:
+        raise InvalidInput("items of one batch must name the same tensors", field="input")
+
+
+def _vocabulary(module: torch.nn.Module) -> int | None:
+    """Rows of the table that ``input_ids`` are looked up in; ``None`` if that cannot be told."""
+    parts = _embeddings(module)
+    ask = getattr(module, "get_input_embeddings", None)
+    if ask is not None:
+        try:
+            found = ask()
+        except NotImplementedError:  # transformers' answer where it does not know
+            return None
+        parts = [found] if isinstance(found, torch.nn.Embedding) else []
+    return int(parts[0].weight.shape[0]) if len(parts) == 1 else None
+
+
+def _embeddings(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [
+        part
         for part in module.modules()
-    )
+        if isinstance(part, torch.nn.Embedding) or getattr(part, "original_name", "") == "Embedding"
+    ]
 
 
 def _parameters(module: torch.nn.Module) -> list[str] | None:

@@ -46,7 +46,9 @@ def open_user(config: ModelConfig, device: str) -> Loaded:
         output_schema=msgspec.json.encode(_schema(pydantic.TypeAdapter(output_type))),
         streams=hasattr(runner, "stream"),
     )
-    parts: dict[str, Any] = {name: getattr(runner, name) for name in ("cost", "finish", "stream") if hasattr(runner, name)}
+    parts: dict[str, Any] = {
+        name: getattr(runner, name) for name in ("cost", "finish", "stream") if hasattr(runner, name)
+    }
     if config.example:
         example = prepare(_example(config))
         parts["example"] = lambda length: example

@@ -356,14 +356,22 @@ class FrontEnd:
                 self._watchers.add(watcher)
                 watcher.add_done_callback(self._watchers.discard)
 
+    async def start(self) -> None:
+        """Begin to look for workers."""
+        self._routing = asyncio.ensure_future(self._router.run())
+
+    async def stop(self) -> None:
+        """Close the connections to workers."""
+        self._routing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._routing
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        routing = asyncio.ensure_future(self._router.run())
+        await self.start()
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        routing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await routing
+        await self.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
 

@@ -451,10 +451,17 @@ def _load(link: Link) -> tuple[int, int]:
 
 
 class Router:
-    """All models of a server, as one front end sees them."""
+    """All models of a server, as one front end sees them.
 
-    def __init__(self, config: Config, run_dir: RunDir, row: metrics.Row) -> None:
+    Args:
+        front_ends: how many there are now, among which `max_queue` is divided; the configuration's number by default.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: RunDir, row: metrics.Row, front_ends: Callable[[], int] | None = None
+    ) -> None:
         self._run_dir = run_dir
+        self._front_ends = front_ends
         self._row = row
         self._version = run_dir.config_version()
         self._links: dict[Path, Link] = {}
@@ -513,7 +520,9 @@ class Router:
                 with contextlib.suppress(ConnectionError, FileNotFoundError):
                     await self._connect(path)
         broken = self._run_dir.open_circuits()
+        front_ends = self._front_ends() if self._front_ends else self._processes
         for name, route in self.routes.items():
+            route.share = max(1, math.ceil(route.config.max_queue / front_ends))
             route.tick(name in broken)
         for call in self.on_tick:
             call()
@@ -531,13 +540,13 @@ class Router:
             raise
 
     def _configure(self, config: Config) -> None:
-        front_ends = config.http_worker_count()
+        self._processes = config.http_worker_count()
         self.default = config.default_model
         for name in [name for name in self.routes if name not in config.models]:
             self.routes.pop(name).close()
         routes: dict[str, Route] = {}
         for name, model in config.models.items():
-            share = max(1, math.ceil(model.max_queue / front_ends))
+            share = max(1, math.ceil(model.max_queue / self._processes))
             route = self.routes.get(name)
             if route is None:
                 route = Route(model, share, self._row, lambda info: self.on_model(info))
