@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from headrace.core import Timings
-from headrace.errors import HeadraceError, InvalidInput, MalformedBody
+from headrace.errors import HeadraceError, InvalidInput, MalformedBody, RunnerError
 from headrace.runners.text import ALIASES
 from headrace.serving.items import Item, ItemReader
 from headrace.web import error_object
@@ -198,8 +198,28 @@ def _timings(timings: list[Timings | None]) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON of an answer: arrays as lists, bytes as base64, NaN as null (JSON has none)."""
-    return orjson.dumps(value, default=_default, option=_OPTIONS)
+    """JSON of an answer: arrays as lists, bytes as base64, NaN as null (JSON has none).
+
+    Raises:
+        RunnerError: the model's answer holds something that has no JSON form.
+    """
+    try:
+        return orjson.dumps(value, default=_default, option=_OPTIONS)
+    except TypeError:
+        pass
+    try:
+        return orjson.dumps(_plain(value), default=_default, option=_OPTIONS)
+    except TypeError as error:
+        raise RunnerError(f"the model's answer has no JSON form: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Arrays that orjson refuses (of another byte order, for example) as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(child) for child in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _default(value: Any) -> Any:
