@@ -3,3 +3,7 @@
 
 def echo(inputs: list[str]) -> list[str]:
     return inputs
+
+
+def size(inputs: list[bytes]) -> list[int]:
+    return [len(content) for content in inputs]

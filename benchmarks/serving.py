@@ -205,13 +205,13 @@ def main() -> None:
 
     headrace = str(BIN / "headrace")
     with (
-        server([headrace, "up", "--port", str(ours), "--threads", str(THREADS)], ours, {}),
+        server([headrace, "up", "--admin-port", "-1", "--port", str(ours), "--threads", str(THREADS)], ours, {}),
         server(
             [sys.executable, "-m", "uvicorn", "plain_batcher:app", "--port", str(plain), "--log-level", "error"],
             plain,
             {"MODEL": str(demo_model()), "THREADS": str(THREADS), **threads},
         ),
-        server([headrace, "serve", "noop:echo", "--port", str(noop)], noop, {}) as noop_server,
+        server([headrace, "serve", "noop:echo", "--admin-port", "-1", "--port", str(noop)], noop, {}) as noop_server,
     ):
         noop_pids = children(noop_server.pid)
         for round_ in range(options.rounds):
@@ -260,7 +260,7 @@ def main() -> None:
     print("\nmedian of the paired ratios")
     for name, value in goals.items():
         print(f"{name:58} {value:9.2f}")
-    conditions = describe(options, model)
+    conditions = describe(options)
     print("\nconditions: " + ", ".join(f"{key} {value}" for key, value in conditions.items()))
     if options.out:
         options.out.write_text(
@@ -268,7 +268,7 @@ def main() -> None:
         )
 
 
-def describe(options: argparse.Namespace, model: InProcess) -> dict[str, Any]:
+def describe(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 

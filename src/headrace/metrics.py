@@ -90,6 +90,13 @@ REFUSED = Metric(
     "Requests not computed: overloaded (429), expired (deadline passed), abandoned (client gone), invalid (4xx).",
     ("model", "reason"),
 )
+REFUSAL_DURATION = Metric(
+    "headrace_refusal_duration_seconds",
+    "histogram",
+    "Time from the last byte of a request to its refusal for want of room (429), in the front end.",
+    ("model",),
+    _LATENCY_S,
+)
 OUT_OF_MEMORY = Metric(
     "headrace_out_of_memory_total", "counter", "Batches that did not fit in memory and were split.", ("model",)
 )
@@ -115,6 +122,7 @@ CATALOGUE: tuple[Metric, ...] = (
     QUEUE_SIZE,
     IN_FLIGHT,
     REFUSED,
+    REFUSAL_DURATION,
     OUT_OF_MEMORY,
     RETRIED,
     WORKERS,

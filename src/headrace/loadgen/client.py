@@ -32,10 +32,10 @@ class Address:
             raise ConfigError(f"{url!r} is not an http URL", field="url", hint="for example http://localhost:8000")
         return cls(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), parts.scheme == "https")
 
-    def request(self, path: str, body: bytes) -> bytes:
-        """A whole POST of a JSON body."""
+    def request(self, path: str, body: bytes, content_type: str = "application/json") -> bytes:
+        """A whole POST."""
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: {content_type}\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body

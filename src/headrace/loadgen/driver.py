@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ DEFAULT_BODIES: tuple[bytes, ...] = tuple(
     )
 )
 _MAX_CONNECTIONS = 4096
+_TIMINGS = b'"timings":'
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Plan:
     timeout_s: float = 60.0
     seed: int = 0
     check: Callable[[int, int, bytes], None] | None = None
+    content_type: str = "application/json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class LevelResult(msgspec.Struct, omit_defaults=True):
     queue_p50_ms: float | None = None
     queue_p99_ms: float | None = None
     batch_size_mean: float | None = None
+    refused_p99_ms: float | None = None
 
 
 class Results(msgspec.Struct):
@@ -90,6 +94,7 @@ class Results(msgspec.Struct):
 @dataclass
 class _Tally:
     latencies: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
     queues: list[float] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -174,7 +179,7 @@ class _Run:
 
     def __init__(self, plan: Plan, level: Level, address: Address) -> None:
         self._plan, self._level, self._address = plan, level, address
-        self._requests = [address.request(plan.path, body) for body in plan.bodies]
+        self._requests = [address.request(plan.path, body, plan.content_type) for body in plan.bodies]
         self._random = random.Random(plan.seed)
         self._tally = _Tally()
         self._from = perf_counter() + plan.warmup_s
@@ -228,7 +233,8 @@ class _Run:
             open_requests.add(task)
             task.add_done_callback(open_requests.discard)
         if open_requests:
-            await asyncio.wait(open_requests, timeout=self._plan.timeout_s)
+            # Each has a time-out of its own, which turns it into an error that is counted.
+            await asyncio.wait(open_requests, timeout=self._plan.timeout_s + 5)
         for connection in idle:
             connection.close()
 
@@ -270,13 +276,18 @@ class _Run:
     def _count(self, error: str, latency_s: float, body: bytes) -> None:
         if error:
             self._tally.errors[error] += 1
+            if error == "429":
+                self._tally.refusals.append(latency_s)
             return
         self._tally.latencies.append(latency_s)
-        at = body.rfind(b'"timings":')
+        at = body.rfind(_TIMINGS)
         if at > 0:
-            timings = orjson.loads(body[at + len(b'"timings":') : -1])
-            self._tally.queues.append(timings["queue_ms"])
-            self._tally.sizes.append(timings["batch_size"])
+            # Another server's answer may have a field of that name, too.
+            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+                timings = orjson.loads(body[at + len(_TIMINGS) : -1])
+                queue_ms, size = float(timings["queue_ms"]), int(timings["batch_size"])
+                self._tally.queues.append(queue_ms)
+                self._tally.sizes.append(size)
 
     def _order(self) -> Any:
         """Every body once in a random order, again and again."""
@@ -303,6 +314,7 @@ def _summary(tally: _Tally, level: Level, duration_s: float) -> LevelResult:
         offered_rate=round(tally.due / duration_s, 2) if level.rate else None,
         queue_p50_ms=round(stats.percentile(queues, 0.5), 3) if queues else None,
         queue_p99_ms=round(stats.percentile(queues, 0.99), 3) if queues else None,
+        refused_p99_ms=_ms(stats.percentile(sorted(tally.refusals), 0.99)) if tally.refusals else None,
         batch_size_mean=round(sum(tally.sizes) / len(tally.sizes), 2) if tally.sizes else None,
     )
 

@@ -17,7 +17,7 @@ from headrace import log, metrics
 from headrace.clock import perf_counter
 from headrace.config import Config
 from headrace.core import ModelInfo, Outcome, Timings
-from headrace.errors import ClientGone, HeadraceError, InvalidInput, NotReady, from_fault
+from headrace.errors import ClientGone, HeadraceError, InvalidInput, NotReady, Overloaded, from_fault
 from headrace.ipc import decode_value
 from headrace.serving import cold
 from headrace.serving.items import Item, ItemReader
@@ -424,6 +424,7 @@ class _FrontMetrics:
         self._requests: dict[tuple[str, str, str], metrics.Counter] = {}
         self._durations: dict[tuple[str, str], metrics.Histogram] = {}
         self._refused: dict[tuple[str, str], metrics.Counter] = {}
+        self._refusal_durations: dict[str, metrics.Histogram] = {}
         self.know(["other"])
 
     def know(self, models: Iterable[str]) -> None:
@@ -438,6 +439,7 @@ class _FrontMetrics:
                 self._durations[model, endpoint] = row.histogram(
                     metrics.REQUEST_DURATION, model=model, endpoint=endpoint
                 )
+            self._refusal_durations[model] = row.histogram(metrics.REFUSAL_DURATION, model=model)
             for reason in metrics.REFUSAL_REASONS:
                 self._refused[model, reason] = row.counter(metrics.REFUSED, model=model, reason=reason)
 
@@ -447,6 +449,9 @@ class _FrontMetrics:
         kind = _STATUS.get(status) or ("success" if status < 400 else "error" if status >= 500 else "rejected")
         self._requests[model, call.endpoint, kind].inc()
         if call.received:
-            self._durations[model, call.endpoint].observe(perf_counter() - call.received)
+            seconds = perf_counter() - call.received
+            self._durations[model, call.endpoint].observe(seconds)
+            if status == Overloaded.status:
+                self._refusal_durations[model].observe(seconds)
         if kind in ("rejected", "timeout", "cancelled"):
             self._refused[model, _REFUSED.get(status, "invalid")].inc()
