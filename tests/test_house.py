@@ -20,10 +20,10 @@ LAYERS = [
     {"errors", "clock", "log", "config", "version"},
     {"core", "metrics", "stats"},
     {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "web"},
-    {"serving", "loadgen", "dynamic"},
+    {"serving", "loadgen", "dynamic", "client"},
     {"", "cli", "up", "asgi", "library", "testing", "__main__"},
 ]
-PARTS = {"serving", "loadgen", "dynamic"}
+PARTS = {"serving", "loadgen", "dynamic", "client"}
 TORCH_ALLOWED = {"runners"}
 # One home per heavy dependency.
 HOMES = {
@@ -38,6 +38,7 @@ HOMES = {
     "jsonschema_rs": {"serving"},
     "click": {"cli"},
     "httptools": {"loadgen"},
+    "httpx": {"client"},
     "python_multipart": {"serving"},
 }
 

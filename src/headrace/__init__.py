@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.client import AsyncClient, Client, Prediction
     from headrace.dynamic import DynamicBatcher
     from headrace.errors import (
         ConfigError,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "App",
+    "AsyncClient",
+    "Client",
     "ConfigError",
     "DeadlineExceeded",
     "DynamicBatcher",
@@ -32,13 +35,22 @@ __all__ = [
     "InvalidInput",
     "LoadError",
     "Overloaded",
+    "Prediction",
     "RunnerError",
     "Unavailable",
     "__version__",
     "serve",
 ]
 
-_HOMES = {"App": "library", "DynamicBatcher": "dynamic", "__version__": "version", "serve": "library"}
+_HOMES = {
+    "App": "library",
+    "AsyncClient": "client",
+    "Client": "client",
+    "DynamicBatcher": "dynamic",
+    "Prediction": "client",
+    "__version__": "version",
+    "serve": "library",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -616,7 +616,7 @@ def _item(value: Any) -> Any:
 def _to_json(body: dict[str, Any], field: str) -> bytes:
     """Raises `InvalidInput` for what JSON cannot say."""
     try:
-        content = orjson.dumps(body, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+        content = _dumps(body)
     except TypeError as error:
         raise InvalidInput(f"has no JSON form: {error}", field=field) from error
     # orjson writes NaN as null, and a model could take that for an answer of its caller's.
@@ -626,6 +626,13 @@ def _to_json(body: dict[str, Any], field: str) -> bytes:
         except ValueError:
             raise InvalidInput("NaN and Infinity are not JSON", field=field, hint="send finite numbers") from None
     return content
+
+
+def _dumps(body: Any) -> bytes:
+    try:
+        return orjson.dumps(body, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # perhaps only an array in the byte order of another machine, for which `_plain` is not asked
+        return orjson.dumps(body, default=_plain, option=orjson.OPT_NON_STR_KEYS)
 
 
 def _plain(value: Any) -> Any:
@@ -654,7 +661,8 @@ def _checked_url(given: str) -> str:
     hint = "for example http://localhost:8000"
     try:
         url = httpx.URL(given)
-    except (httpx.InvalidURL, TypeError):
+        url.host.encode("idna")  # as looking it up will
+    except (httpx.InvalidURL, TypeError, UnicodeError):
         raise ConfigError("is not a URL", field="base_url", hint=hint) from None
     if url.userinfo:
         raise ConfigError("must hold no user and password", field="base_url", hint="use api_key")

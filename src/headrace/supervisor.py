@@ -25,6 +25,8 @@ from headrace.rundir import RunDir
 _log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+# For children without which nobody is answered at all: requests that nobody accepts have no deadline yet.
+SHORT_BACKOFF_S = BACKOFF_S[:4]
 # A child that lived this long has earned an immediate restart again.
 STABLE_S = 30.0
 # A child that is suspended (SIGSTOP) and has not been heard for this long is given up.
@@ -44,6 +46,7 @@ class Spec:
         start_timeout_s: time until it must be ready.
         pass_fds: descriptors it inherits.
         on_end: called after each end of the process, before a restart.
+        backoff_s: pauses before restarts, the last for all further ones.
     """
 
     slot: str
@@ -53,6 +56,7 @@ class Spec:
     step_timeout_s: float | None = None
     pass_fds: Sequence[int] = ()
     on_end: Callable[[], None] = lambda: None
+    backoff_s: Sequence[float] = BACKOFF_S
 
 
 @dataclass
@@ -166,7 +170,7 @@ class Supervisor:
             state.failures = state.failures + 1 if self._clock.monotonic() - state.started < STABLE_S else 1
             state.restarts += 1
             self._on_change()
-            pause_s = BACKOFF_S[min(state.failures, len(BACKOFF_S)) - 1]
+            pause_s = state.spec.backoff_s[min(state.failures, len(state.spec.backoff_s)) - 1]
             _log.warning("%s ended; starting it again in %.1f s", slot, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):

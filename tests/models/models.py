@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Norm:
     """Typed items in, dataclasses out."""
 
     def run(self, inputs: list[Point]) -> list[Distance]:
-        return [Distance((point.x**2 + point.y**2) ** 0.5, point.label) for point in inputs]
+        return [Distance(math.hypot(point.x, point.y), point.label) for point in inputs]
 
 
 class Picky:

@@ -424,7 +424,7 @@ def test_a_server_that_says_nothing(world: World) -> None:
     done = threading.Event()
     world.script(lambda handler: done.wait(10) and hang_up(handler))
     client = world.client(timeout_s=0.05)
-    with pytest.raises(errors.DeadlineExceeded, match="0.05 s"):
+    with pytest.raises(errors.DeadlineExceeded, match=r"0\.05 s"):
         client.predict("x")
     assert client.ready() is False
     done.set()
@@ -467,7 +467,8 @@ def test_the_key_is_not_shown(kind: Any) -> None:
         ("base_url", "localhost:8000", {}),
         ("base_url", "ftp://host", {}),
         ("base_url", "http://", {}),
-        ("base_url", "http://[", {}),
+        ("base_url", "http://a..b", {}),
+        ("base_url", "http://host:port", {}),
         ("base_url", "http://user:word@host", {}),
         ("api_key", "http://host", {"api_key": "wo rd"}),
         ("retries", "http://host", {"retries": -1}),
@@ -478,8 +479,9 @@ def test_wrong_options_are_named(kind: Any, field: str, url: str, options: Any) 
     with pytest.raises(errors.ConfigError) as caught:
         kind(url, **options)
     assert caught.value.field == field
-    assert "word" not in str(caught.value)
-    assert "wo rd" not in str(caught.value)
+    shown = f"{caught.value} {caught.value.hint}"
+    assert "user:word" not in shown
+    assert "wo rd" not in shown
 
 
 def test_both_close_at_the_end_of_a_block(server: ScriptedServer) -> None:

@@ -25,7 +25,7 @@ from headrace.errors import ConfigError, HeadraceError
 from headrace.rundir import RunDir
 from headrace.serving.fleet import Fleet
 from headrace.serving.names import http_slot
-from headrace.supervisor import Spec, Supervisor
+from headrace.supervisor import SHORT_BACKOFF_S, Spec, Supervisor
 from headrace.version import __version__
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ class _Server:
             start_timeout_s=60.0 + max(model.load_timeout_s for model in self._config.models.values()),
             step_timeout_s=_LOOP_TIMEOUT_S,
             pass_fds=(descriptor,),
+            backoff_s=SHORT_BACKOFF_S,
             on_end=lambda: metrics.Row(self._run_dir.metrics_file(slot)).close(),
         )
 
