@@ -141,7 +141,10 @@ class DynamicBatcher:
             if not batch:
                 continue
             inputs = [entry.item[0] for entry in batch]
-            outputs = await loop.run_in_executor(self._thread, run_batch, self._runner.run, inputs)
+            try:
+                outputs = await loop.run_in_executor(self._thread, run_batch, self._runner.run, inputs)
+            except Exception as error:  # a lost device, an executor that is shut: nobody may wait for an answer
+                outputs = [error] * len(batch)
             for entry, output in zip(batch, outputs, strict=True):
                 future = entry.item[1]
                 if not future.done():
