@@ -12,8 +12,8 @@ help:
 	@echo "make up       install into $(VENV) and serve a real embedding model on http://localhost:8000"
 	@echo "make test     install what the tests need, check the code, run the tests"
 	@echo "make check    lint and types only"
-	@echo "make bench    measure serving against the model's own limit and a plain batcher"
-	@echo "make soak     ten seeded rounds of the property tests and of everything that kills something"
+	@echo "make bench    measure serving against the model's own limit, a plain batcher, LitServe and mosec"
+	@echo "make soak     the long forms: ten minutes of chaos, ten seeded rounds of what kills something"
 
 install: $(VENV)/.installed
 
@@ -28,13 +28,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 
-# Ten seeded rounds of the property tests and of everything that kills something.
+# The long forms: ten minutes of chaos by seed, ten seeded rounds of the property tests and of what kills something.
 soak: $(VENV)/.installed-dev
+	$(BIN)/python tests/chaos/chaos.py --seconds 600 --seed $(or $(SEED),3) --out benchmarks/results/chaos-latest.json
 	@set -e; for seed in 1 2 3 4 5 6 7 8 9 10; do echo "round $$seed"; \
 	  $(BIN)/python -m pytest -q --hypothesis-seed=$$seed tests/property tests/processes/test_survival.py $(ARGS); done
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+	$(BIN)/python benchmarks/beside.py
 
 # Without an NVIDIA driver the CPU build of torch is asked for first; the plain one brings gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt

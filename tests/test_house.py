@@ -198,3 +198,15 @@ def test_tables_made_from_the_source_are_current() -> None:
         [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_promise_about_failures_has_a_test() -> None:
+    text = (ROOT / "docs" / "failure-semantics.md").read_text()
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| event")]
+    assert len(rows) > 25
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names, f"no test for {row}"
+        for name in names:
+            assert f"def {name}(" in written, f"there is no {name}"

@@ -85,8 +85,8 @@ class TextSpec(msgspec.Struct, frozen=True):
     """How a front end turns text into token ids without torch: a `tokenizers` file and the model's limits.
 
     ``max_tokens`` counts special tokens; ``vocabulary`` is the number of rows of the embedding table, ``token_types``
-    that of the token types' (0: the model takes none). ``prefix`` goes before every text, then ``lower`` makes the whole
-    lower-case; token ids that clients send themselves are left as they are.
+    that of the token types' (0: the model takes none). ``prefix`` goes before every text, then ``lower`` makes the
+    whole lower-case; token ids that clients send themselves are left as they are.
     """
 
     tokenizer: str

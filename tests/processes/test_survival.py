@@ -247,3 +247,24 @@ def test_the_leavings_of_a_killed_server_are_swept_by_the_next(tmp_path: Path) -
     (left / "lock").touch()
     with serving(tmp_path, "models:echo"):
         assert not left.exists()
+
+
+def test_a_model_that_fails_again_and_again_is_said_to_be_broken(tmp_path: Path) -> None:
+    with serving(tmp_path, "models:CrashLoop") as server:
+
+        def state() -> str:
+            return str(server.client.get("/health/ready").json()["models"]["CrashLoop"])
+
+        def broken() -> bool:
+            if state() == "ready":
+                assert server.predict("x", headers={"X-Request-Deadline-Ms": "9000"}).status_code == 503
+            return state() == "circuit_open"
+
+        wait_until(broken, 25)
+        start = time.monotonic()
+        refused = server.predict("x")
+        if state() == "circuit_open":  # it is tried again every now and then
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"]
+            assert time.monotonic() - start < 1
+        assert "starting it again" in server.log

@@ -6,15 +6,18 @@ file imports torch only if the user's module already has.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import io
 import sys
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
+import numpy as np
 import pydantic
 
 from headrace.config import ModelConfig
@@ -23,6 +26,7 @@ from headrace.errors import InvalidInput, LoadError
 from headrace.runners import Loaded
 
 _ANYTHING_BUT_NULL: dict[str, Any] = {"not": {"type": "null"}}
+_ARRAY: dict[str, Any] = {"type": ["array", "number"]}
 
 
 def open_user(config: ModelConfig, device: str) -> Loaded:
@@ -34,16 +38,20 @@ def open_user(config: ModelConfig, device: str) -> Loaded:
         return open_module(config, thing, device)
     runner = as_runner(thing, config.target)
     item_type, output_type = _annotations(runner.run)
-    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(item_type)
     runner.load(device)
-    prepare = _prepare(adapter, item_type, getattr(runner, "prepare", None))
+    own = getattr(runner, "prepare", None)
+    item_schema, convert = _reader(item_type, has_own=own is not None)
+
+    def prepare(item: Any) -> Any:
+        return own(convert(item)) if own else convert(item)
+
     info = ModelInfo(
         name=config.name,
         task="custom",
         platform="python",
         device=device,
-        item_schema=msgspec.json.encode(_schema(adapter) if item_type is not Any else _ANYTHING_BUT_NULL),
-        output_schema=msgspec.json.encode(_schema(pydantic.TypeAdapter(output_type))),
+        item_schema=msgspec.json.encode(item_schema),
+        output_schema=msgspec.json.encode(_schema(_adapter(output_type), "serialization")),
         streams=hasattr(runner, "stream"),
     )
     parts: dict[str, Any] = {
@@ -169,27 +177,91 @@ def _element(kind: Any) -> Any:
     return arguments[0] if typing.get_origin(kind) in (list, typing.List) and arguments else Any  # noqa: UP006 - seen in users' code
 
 
-def _schema(adapter: pydantic.TypeAdapter[Any]) -> dict[str, Any]:
+def _reader(kind: Any, has_own: bool) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The JSON Schema of one item, and what makes a ``kind`` of what the client wrote.
+
+    Arrays and images are left to a ``prepare`` of the user's own, if there is one.
+    """
+    if not has_own and np.ndarray in (kind, typing.get_origin(kind)):
+        return _ARRAY, _to_array
+    if not has_own and _is_image(kind):
+        return _schema(pydantic.TypeAdapter(bytes)), _to_image
+    adapter = _adapter(kind)
+    if adapter is None:
+        return _ANYTHING_BUT_NULL, lambda item: item
+    return _schema(adapter), functools.partial(_validate, adapter)
+
+
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any] | None:
+    """What pydantic knows of a type; ``None`` for one that it cannot describe, which may then be anything."""
+    if kind is Any:
+        return None
     try:
-        return adapter.json_schema()
+        return pydantic.TypeAdapter(kind)
+    except pydantic.errors.PydanticUserError:  # PydanticSchemaGenerationError is one, too
+        return None
+
+
+def _schema(
+    adapter: pydantic.TypeAdapter[Any] | None, mode: Literal["validation", "serialization"] = "validation"
+) -> dict[str, Any]:
+    try:
+        return adapter.json_schema(mode=mode) if adapter else {}
     except pydantic.errors.PydanticInvalidForJsonSchema:
         return {}
 
 
-def _prepare(
-    adapter: pydantic.TypeAdapter[Any], item_type: Any, own: Callable[[Any], Any] | None
-) -> Callable[[Any], Any]:
-    def prepare(item: Any) -> Any:
-        if item_type is not Any:
-            try:
-                item = adapter.validate_python(item)
-            except pydantic.ValidationError as error:
-                first = error.errors(include_url=False, include_context=False)[0]
-                where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-                raise InvalidInput(first["msg"], field=f"input{where}") from None
-        return own(item) if own else item
+def _validate(adapter: pydantic.TypeAdapter[Any], item: Any) -> Any:
+    """Raises `InvalidInput`, which names the place inside the item."""
+    try:
+        return adapter.validate_python(item)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        raise InvalidInput(first["msg"], field=f"input{where}") from None
 
-    return prepare
+
+def _to_array(item: Any) -> np.ndarray[Any, Any]:
+    """Raises `InvalidInput` for ragged lists and for what is no number."""
+    if isinstance(item, np.ndarray):
+        return item
+    try:
+        array = np.asarray(item)
+    except ValueError:
+        raise InvalidInput("rows differ in length: not an array", field="input") from None
+    if array.dtype.kind not in "biuf":
+        raise InvalidInput("must be numbers", field="input")
+    return array
+
+
+def _is_image(kind: Any) -> bool:
+    """Pillow is no dependency of ours: it is looked at only where the user's type comes from it."""
+    if not inspect.isclass(kind) or kind.__module__.partition(".")[0] != "PIL":
+        return False
+    return issubclass(kind, importlib.import_module("PIL.Image").Image)
+
+
+def _to_image(item: Any) -> Any:
+    """Decode the bytes of an image file.
+
+    Raises:
+        InvalidInput: they are none, or hold more pixels than Pillow's ``MAX_IMAGE_PIXELS``.
+    """
+    pillow: Any = importlib.import_module("PIL.Image")
+    if not isinstance(item, bytes):
+        raise InvalidInput("not an image: send the bytes of an image file", field="input")
+    too_large = InvalidInput("the image has too many pixels", field="input")
+    try:
+        image = pillow.open(io.BytesIO(item))
+        # Pillow itself only warns up to twice its limit. This looks at the header: nothing is decoded yet.
+        if pillow.MAX_IMAGE_PIXELS is not None and image.width * image.height > pillow.MAX_IMAGE_PIXELS:
+            raise too_large
+        image.load()
+    except (InvalidInput, pillow.DecompressionBombError, pillow.DecompressionBombWarning):
+        raise too_large from None
+    except Exception:  # decoders raise SyntaxError, struct.error, EOFError and more
+        raise InvalidInput("not an image", field="input") from None
+    return image
 
 
 def _example(config: ModelConfig) -> Any:

@@ -62,9 +62,9 @@ class ItemReader:
         if not isinstance(value, str):
             raise InvalidInput(f"must be a text, not {_kind(value)}", field=field)
         if len(value) <= _INLINE_CHARS:
-            ids = self._text.text(value)
+            ids = self._text.text(value, field)
         else:
-            ids = await asyncio.to_thread(self._text.text, value)
+            ids = await asyncio.to_thread(self._text.text, value, field)
         return Item(encode_value(ids), len(ids))
 
     def read_tensors(self, named: dict[str, Any], field: str = "") -> Item:
