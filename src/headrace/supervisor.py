@@ -254,16 +254,17 @@ class Supervisor:
         if state.process is None or state.process.returncode is not None:
             return ""
         now = self._clock.monotonic()
+        silent_s = now - state.heard
+        # Also while it starts: it may have taken connections already.
+        if silent_s > SILENCE_S and _is_stopped(state.process.pid):
+            return f"is suspended and has not been heard for {silent_s:.0f} s"
         if not state.ready:
             late = now - state.started > spec.start_timeout_s
             return f"was not ready after {spec.start_timeout_s:.0f} s" if late else ""
         if spec.step_timeout_s is None:
             return ""
-        silent_s = now - state.heard
         if state.busy_s + silent_s > spec.step_timeout_s and state.busy_s:
             return f"has been in one batch for more than {spec.step_timeout_s:.0f} s"
-        if silent_s > SILENCE_S and _is_stopped(state.process.pid):
-            return f"is suspended and has not been heard for {silent_s:.0f} s"
         # A batch may hold the interpreter, and with it every thread, for as long as a batch may take.
         if silent_s > max(SILENCE_S, spec.step_timeout_s):
             return f"has not been heard for {silent_s:.0f} s"

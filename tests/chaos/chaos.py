@@ -59,10 +59,11 @@ class Report:
 
 
 class Chaos:
-    """One run against one server."""
+    """One run against one server; something is broken every ``pause_s`` seconds on average."""
 
-    def __init__(self, server: Server, seed: int, seconds: float) -> None:
+    def __init__(self, server: Server, seed: int, seconds: float, pause_s: float = 0.5) -> None:
         self.server = server
+        self._pause_s = pause_s
         self.random = random.Random(seed)
         self.report = Report(seed, seconds)
         self._stop = threading.Event()
@@ -92,7 +93,7 @@ class Chaos:
             with contextlib.suppress(OSError):  # of something that had just died by itself
                 action()
                 self.report.actions[action.__name__.strip("_")] += 1
-            self._stop.wait(self.random.uniform(0.1, 0.9))
+            self._stop.wait(self.random.uniform(0.2, 1.8) * self._pause_s)
         self._stop.set()
         for client in clients:
             client.join(60)
@@ -244,10 +245,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pause", type=float, default=1.5, help="seconds between two actions, on average")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, serving(Path(directory), *ARGUMENTS) as server:
-        chaos = Chaos(server, options.seed, options.seconds)
+        chaos = Chaos(server, options.seed, options.seconds, options.pause)
         report = chaos.run()
         print(json.dumps(report.as_dict()), file=sys.stderr)
         chaos.check()

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from conftest import alive
 from headrace.config import Config
 from headrace.rundir import RunDir
@@ -144,3 +146,47 @@ def test_what_a_child_started_goes_with_it(tmp_path: Path) -> None:
             await until(lambda: not alive(grandchild))
 
     run(main())
+
+
+def test_a_child_that_is_suspended_while_it_starts_is_given_up() -> None:
+    async def main() -> None:
+        async with supervising() as (supervisor, _):
+            supervisor.start(spec(NEVER_READY, start_timeout_s=600.0))
+            await until(lambda: supervisor.pid("slot"))
+            os.kill(supervisor.pid("slot"), signal.SIGSTOP)
+            async with asyncio.timeout(12):
+                assert not await supervisor.wait_ready("slot")
+
+    run(main())
+
+
+def test_a_child_that_cannot_be_spawned_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process to be had, just now: as good a reason to try again as a death."""
+
+    async def main() -> None:
+        async with supervising() as (supervisor, _):
+            supervisor.start(spec(GOOD))
+            assert await supervisor.wait_ready("slot")
+            first = pid(supervisor)
+            real, failed = asyncio.create_subprocess_exec, []
+
+            async def refuse(*arguments: Any, **options: Any) -> Any:
+                if len(failed) < 2:
+                    failed.append(1)
+                    raise BlockingIOError(11, "Resource temporarily unavailable")
+                return await real(*arguments, **options)
+
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: len(failed) == 2 and supervisor.is_ready("slot") and pid(supervisor) != first)
+            assert supervisor.failures("slot") == 3
+
+    run(main())
+
+
+def test_an_end_by_a_signal_without_a_name_is_an_end() -> None:
+    from headrace.supervisor import _how
+
+    assert _how(3) == "exit code 3"
+    assert _how(-9) == "signal SIGKILL"
+    assert _how(-40) == "signal 40"

@@ -181,7 +181,7 @@ class FrontEnd:
             await call.send({"type": "http.response.body", "body": native.event("error", answer.body)})
 
     async def _predict(self, call: Call, kind: bytes, body: bytes) -> Answer:
-        route = call.route = self._router.route(call.model)
+        route = await self._route(call, call.model)
         wanted = native.parse(parse_json(body)) if is_json(kind) else native.parse_files(kind, body)
         if b"text/event-stream" in call.headers.get(b"accept", b""):
             return await self._stream(call, route, wanted)
@@ -202,14 +202,14 @@ class FrontEnd:
 
     async def _embeddings(self, call: Call, kind: bytes, body: bytes) -> Answer:
         decoded = parse_json(body)
-        route = call.route = self._router.route(openai.model_name(decoded))
+        route = await self._route(call, openai.model_name(decoded))
         wanted = openai.parse(decoded, self._reader(route).info)
         outcomes = await self._run(call, route, wanted)
         tokens = sum(pending.cost for pending in call.pending)
         return Answer(openai.write(decoded, tokens, self._values_or_raise(outcomes)))
 
     async def _infer(self, call: Call, kind: bytes, body: bytes) -> Answer:
-        route = call.route = self._router.route(call.model)
+        route = await self._route(call, call.model)
         wanted = inference.Request.read(body, call.headers, self._reader(route).info)
         values = self._values_or_raise(await self._run(call, route, wanted))
         content, json_length = wanted.write(values)
@@ -217,6 +217,12 @@ class FrontEnd:
             return Answer(content)
         headers = [(inference.LENGTH_HEADER, str(json_length).encode())]
         return Answer(content, 200, headers, b"application/octet-stream")
+
+    async def _route(self, call: Call, name: str | None) -> Route:
+        route = call.route = self._router.route(name)
+        if route.info is None:
+            await self._router.meet(route)
+        return route
 
     async def _run(self, call: Call, route: Route, wanted: Readable) -> list[Outcome | HeadraceError]:
         """Have the good items computed; admission comes before any of them is looked at, for all of them or none."""

@@ -36,6 +36,7 @@ from headrace.rundir import RunDir
 _log = logging.getLogger(__name__)
 
 SCAN_S = 0.1
+_MEETING_STEPS = 20
 # What was refused is expected back: of those refusals this share still counts after each tick (about a second in all).
 _REFUSALS_KEPT = 0.9
 # A client that reads a stream so many chunks too slowly is given up: what it does not read would fill the memory.
@@ -484,6 +485,14 @@ class Router:
             known = ", ".join(self.routes) or "none"
             raise ModelNotFound(f"there is no model {name!r}", field="model", hint=f"models here: {known}")
         return route
+
+    async def meet(self, route: Route) -> None:
+        """Wait a moment for a worker that is there and that this front end has not met yet: another one has perhaps,
+        and told its clients that the model is ready."""
+        for _ in range(_MEETING_STEPS):
+            if route.info or not self._run_dir.sockets():
+                return
+            await asyncio.sleep(SCAN_S / 2)
 
     @property
     def ready(self) -> bool:
