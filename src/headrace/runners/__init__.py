@@ -55,6 +55,12 @@ def open_target(config: ModelConfig, device: str) -> Loaded:
     """
     target = config.target
     path = Path(target).expanduser()
+    if device == "cuda" and (path.exists() or ":" not in target):
+        raise LoadError(
+            f"{target} cannot span several GPUs by itself",
+            field="devices",
+            hint='serve a class of your own: its load() gets "cuda" and sees the GPUs of its group (device_map="auto")',
+        )
     if path.suffix in {".pt", ".ts"} and (path.exists() or ":" not in target):
         from headrace.runners.torchscript import open_torchscript
 

@@ -16,12 +16,18 @@ def require_torch() -> None:
         raise Unavailable("this model needs PyTorch", hint="pip install 'headrace[torch]'") from None
 
 
-def pick_device(wanted: str, index: int) -> str:
+def pick_device(wanted: str, index: int, bound_to: int = 0) -> str:
     """Resolve ``auto`` and a bare ``cuda`` for the worker with this index: workers go round the GPUs.
+
+    Args:
+        bound_to: how many GPUs the worker was bound to and sees as its only ones; for several the answer is a bare
+            ``cuda``, over which a class of the user's spreads its model itself (``device_map="auto"``).
 
     Raises:
         Unavailable: the device is not on this machine.
     """
+    if bound_to > 1:
+        return "cuda"
     if wanted == "cpu" or (wanted == "auto" and not _may_have_accelerator()):
         return "cpu"
     try:

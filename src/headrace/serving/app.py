@@ -46,6 +46,10 @@ _log = logging.getLogger(__name__)
 
 _STATUS = {429: "rejected", 499: "cancelled", 504: "timeout"}
 _REFUSED = {429: "overloaded", 499: "abandoned", 504: "expired"}
+# Under so many refusals a second, each is decided at once and sent a little later: clients that come back without a
+# pause would otherwise take the processor from the model (docs/adr/0007).
+_MANY_REFUSALS = 200
+_HOLD_REFUSAL_S = 0.1
 # Between the items of a list other requests have their turn: each item may take a millisecond to tokenise.
 _ITEMS_PER_TURN = 8
 # A stream that says nothing for so long sends a comment: proxies close what is silent.
@@ -174,6 +178,8 @@ class FrontEnd:
         self._metrics.count(call, status)
         if status == ClientGone.status:
             return
+        if status == Overloaded.status and call.route and call.route.refused_lately > _MANY_REFUSALS:
+            await asyncio.sleep(_HOLD_REFUSAL_S)
         if not call.streaming:
             body, encoding = await compress(answer.body, call.headers)
             await respond(call.send, status, body, [*headers, *answer.headers, *encoding], answer.kind)

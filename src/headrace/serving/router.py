@@ -267,6 +267,8 @@ class Route:
         share: which part of `max_queue` this front end may hold waiting.
         row: where metrics go.
         on_model: told what the model is, each time that a worker says it.
+
+    ``refused_lately`` is about how many were refused for want of room in the last second.
     """
 
     def __init__(
@@ -282,7 +284,7 @@ class Route:
         self._ids = itertools.count(1)
         self._waiting = 0
         self._open = 0
-        self._refused_lately = 0.0
+        self.refused_lately = 0.0
         self._queue_size = row.gauge(metrics.QUEUE_SIZE, model=config.name)
         self._in_flight = row.gauge(metrics.IN_FLIGHT, model=config.name)
         self._retried = row.counter(metrics.RETRIED, model=config.name)
@@ -317,7 +319,7 @@ class Route:
         if self.circuit_open and not self._links:
             raise self._broken()
         if self._waiting + count > self.share:
-            self._refused_lately += count
+            self.refused_lately += count
             raise Overloaded(
                 f"{self._waiting} requests wait for {name} and {self.share} may",
                 retry_after_s=self._until_free_s(count),
@@ -402,7 +404,7 @@ class Route:
         if circuit_open and not self._links:
             for pending in self._parked.values():
                 pending.fail(self._broken())
-        self._refused_lately *= _REFUSALS_KEPT
+        self.refused_lately *= _REFUSALS_KEPT
         self._queue_size.set(self._waiting)
         self._in_flight.set(self._open)
 
@@ -441,7 +443,7 @@ class Route:
     def _until_free_s(self, count: int) -> float:
         """When so many more places are likely to be free, with those in mind who were refused a moment ago."""
         item_s = max((link.item_s for link in self._links), default=0.0)
-        places = min(self._waiting, self._waiting + count - self.share + self._refused_lately)
+        places = min(self._waiting, self._waiting + count - self.share + self.refused_lately)
         batch_s = min((link.batch_ends_in_s() for link in self._links), default=0.0)
         return max(1.0, batch_s, places * item_s / max(1, len(self._links)))
 

@@ -117,6 +117,7 @@ class _Server:
                 await stopping
             else:
                 code = 1
+                self._stop.set()  # from here on a signal means: at once
         starting.cancel()
         stopping.cancel()
         for task in self._tasks:

@@ -75,7 +75,8 @@ def _warm_up(loaded: Loaded, config: ModelConfig) -> Calibration | None:
 
 
 def _load(config: ModelConfig, index: int) -> tuple[Loaded, Calibration | None]:
-    loaded = open_target(config, pick_device(config.device, index))
+    bound_to = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if config.devices else 0
+    loaded = open_target(config, pick_device(config.device, index, bound_to))
     if "torch" in sys.modules:
         limit_threads(int(os.environ["OMP_NUM_THREADS"]))
     return loaded, _warm_up(loaded, config)
