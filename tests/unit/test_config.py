@@ -60,3 +60,35 @@ def test_misspelt_variables_are_found() -> None:
 
 def test_every_option_has_help() -> None:
     assert [option.name for option in config.options() if not option.help] == []
+
+
+def test_a_target_on_the_command_line_stands_over_the_models_own_table(tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text('[models.a]\ntarget = "m:old"\nmax_queue = 5\n[models.b]\ntarget = "m:b"\n')
+    loaded = config.load(targets={"b": "m:new"}, environment={}, file=file)
+    assert [(m.name, m.target, m.max_queue) for m in loaded.models.values()] == [
+        ("b", "m:new", 1000),
+        ("a", "m:old", 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [("module:_factory", "factory"), ("org/model", "model"), ("a.b:C.d", "C.d"), ("m:__", "model"), ("x.pt", "x")],
+)
+def test_a_name_is_made_from_the_target(target: str, name: str) -> None:
+    assert config.name_of(target) == name
+    config.load(targets={name: target}, environment={})
+
+
+def test_keys_have_no_flag() -> None:
+    from headrace.cli import main
+
+    flags = {flag for command in main.commands.values() for parameter in command.params for flag in parameter.opts}
+    assert "--admin-port" in flags
+    assert not [flag for flag in flags if "key" in flag]
+
+
+def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert 1 <= config.usable_cpus() <= 3
