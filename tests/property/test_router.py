@@ -14,7 +14,8 @@ from headrace.config import ModelConfig
 from headrace.core import Beat, Drain, Hello, ModelInfo, Outcome, Request
 from headrace.errors import HeadraceError, NotReady, Overloaded
 from headrace.ipc import FrameDecoder, encode_frames, encode_value
-from headrace.serving.router import Admission, Link, Pending, Route
+from headrace.serving.link import Link, Pending
+from headrace.serving.router import Admission, Route
 
 INFO = ModelInfo("m", "custom", "python", "cpu")
 ROOM = 6

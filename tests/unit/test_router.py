@@ -19,7 +19,8 @@ from headrace.core import Beat, Cancel, Drain, Hello, ModelInfo, Outcome, Reques
 from headrace.errors import DeadlineExceeded, InvalidInput, ModelNotFound, NotReady, Overloaded, WorkerLost
 from headrace.ipc import ChannelClosed, SocketChannel, decode_value, encode_value
 from headrace.rundir import RunDir
-from headrace.serving.router import Pending, Route, Router
+from headrace.serving.link import Pending
+from headrace.serving.router import Route, Router
 
 INFO = ModelInfo("m", "custom", "python", "cpu")
 

@@ -21,8 +21,9 @@ from headrace.errors import ClientGone, HeadraceError, InvalidInput, NotReady, O
 from headrace.ipc import decode_value
 from headrace.serving import cold
 from headrace.serving.items import Item, ItemReader
+from headrace.serving.link import Pending
 from headrace.serving.protocols import inference, native, openai
-from headrace.serving.router import Admission, Pending, Route, Router
+from headrace.serving.router import Admission, Route, Router
 from headrace.web import (
     Headers,
     Keys,
