@@ -7,58 +7,41 @@ time-outs of a request are not looked at; shared memory and classification are r
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import orjson
 
 from headrace.core import ModelInfo
 from headrace.errors import HeadraceError, InvalidInput, MalformedBody
 from headrace.serving.items import Item, ItemReader
 from headrace.serving.protocols.native import to_json
+from headrace.serving.protocols.tensors import (
+    DTYPES,
+    INTEGERS,
+    MAX_DIMENSIONS,
+    NAMES,
+    NUMBERS,
+    Array,
+    Form,
+    Given,
+    Tensor,
+    forms_of,
+    outputs_of,
+)
 from headrace.web import parse_json
 
 VERSIONS = ("1",)
 LENGTH_HEADER = b"inference-header-content-length"
 
-Array = npt.NDArray[Any]
-
-_CODES = {
-    "BOOL": "?",
-    **{f"UINT{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
-    **{f"INT{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
-    **{f"FP{8 * size}": f"<f{size}" for size in (2, 4, 8)},
-    "BF16": "<u2",  # numpy has none: its bits are the upper half of a float32's
-}
-_DTYPES = {name: np.dtype(code) for name, code in _CODES.items()}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items() if name != "BF16"}
-_BYTES = frozenset({"BYTES"})
-_BOOL = frozenset({"BOOL"})
-_INTEGERS = frozenset(name for name in _DTYPES if "INT" in name)
-_NUMBERS = _INTEGERS | {"FP16", "BF16", "FP32", "FP64"}
 _LENGTH = struct.Struct("<I")
-# What numpy takes; no tensor that means something has more.
-_MAX_DIMENSIONS = 32
-
 _REQUEST_KEYS = {"id", "parameters", "inputs", "outputs", "model_name", "model_version"}
 _INPUT_KEYS = {"name", "datatype", "shape", "parameters", "data"}
 _OUTPUT_KEYS = {"name", "parameters"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One input or output as the metadata tell it; -1 is any length."""
-
-    name: str
-    datatype: str
-    shape: list[int]
 
 
 @dataclass(frozen=True)
@@ -91,40 +74,9 @@ class Inference:
 # The model's side: what it takes and gives.
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A tensor that a client sent, checked: an array of its shape, or the flat elements of a BYTES tensor."""
-
-    field: str
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    values: Array | list[Any]
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """An input: how it is advertised, the datatypes that it takes, and what makes one value of each row."""
-
-    tensor: Tensor
-    accepts: frozenset[str]
-    rows: Callable[[_Given], list[Any]]
-    any_shape: bool = False
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A set of inputs that make an item together; with ``other``, tensors of any name go there."""
-
-    slots: dict[str, _Slot]
-    required: frozenset[str]
-    named: bool = False
-    other: _Slot | None = None
-
-
 def describe(info: ModelInfo) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs of a model. A model without types, or of many, may answer with other outputs than these."""
-    return [slot.tensor for slot in _forms(info)[0].slots.values()], _outputs(info)
+    return [slot.tensor for slot in forms_of(info)[0].slots.values()], outputs_of(info)
 
 
 def metadata(info: ModelInfo, versions: Sequence[str] = VERSIONS) -> dict[str, Any]:
@@ -140,128 +92,6 @@ def metadata(info: ModelInfo, versions: Sequence[str] = VERSIONS) -> dict[str, A
 
 def server_metadata(version: str) -> dict[str, Any]:
     return {"name": "headrace", "version": version, "extensions": ["binary_tensor_data"]}
-
-
-def _outputs(info: ModelInfo) -> list[Tensor]:
-    if info.width:
-        return [Tensor("output", "FP32", [-1, info.width])]
-    if info.task == "logits" or info.platform in ("pytorch", "torchscript"):
-        return [Tensor("output", "FP32", [-1, -1])]
-    slot = _typed_slot("output", _schema(info.output_schema))
-    return [slot.tensor if slot else Tensor("output", "BYTES", [-1])]
-
-
-@functools.lru_cache(maxsize=256)
-def _forms(info: ModelInfo) -> list[_Form]:
-    """Every way to send items to a model, the advertised one first."""
-    if info.text:
-        text = _Slot(Tensor("input", "BYTES", [-1]), _BYTES, _texts)
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        tokens = {name: _Slot(Tensor(name, "INT64", [-1, -1]), _INTEGERS, _lists) for name in names}
-        return [_form(text), _Form(tokens, frozenset({"input_ids"}), named=True)]
-    if info.platform in ("pytorch", "torchscript"):
-        floats = Tensor("input", "FP32", [-1, -1])
-        one = _Slot(floats, _NUMBERS | _BOOL, _arrays, any_shape=True)
-        # A dictionary is checked against the item's schema, which knows lists only.
-        other = _Slot(floats, _NUMBERS | _BOOL, _lists, any_shape=True)
-        return [_form(one), _Form({}, frozenset(), named=True, other=other)]
-    schema = _schema(info.item_schema)
-    properties = schema.get("properties")
-    if schema.get("type") == "object" and isinstance(properties, dict) and properties:
-        slots = {name: _scalar_slot(name, each) for name, each in properties.items()}
-        known = {name: slot for name, slot in slots.items() if slot}
-        if len(known) == len(slots):
-            return [_Form(known, frozenset(schema.get("required", ())), named=True)]
-    return [_form(_typed_slot("input", schema) or _document_slot(schema))]
-
-
-def _form(slot: _Slot) -> _Form:
-    return _Form({slot.tensor.name: slot}, frozenset({slot.tensor.name}))
-
-
-def _schema(encoded: bytes) -> dict[str, Any]:
-    schema = orjson.loads(encoded)
-    return schema if isinstance(schema, dict) else {}
-
-
-def _scalar_slot(name: str, schema: Any) -> _Slot | None:
-    match schema:
-        case {"type": "string", "format": "binary"}:
-            return None
-        case {"type": "string"}:
-            return _Slot(Tensor(name, "BYTES", [-1]), _BYTES, _texts)
-        case {"type": "number"}:
-            return _Slot(Tensor(name, "FP64", [-1]), _NUMBERS, _lists)
-        case {"type": "integer"}:
-            return _Slot(Tensor(name, "INT64", [-1]), _INTEGERS, _lists)
-        case {"type": "boolean"}:
-            return _Slot(Tensor(name, "BOOL", [-1]), _BOOL, _lists)
-    return None
-
-
-def _typed_slot(name: str, schema: dict[str, Any]) -> _Slot | None:
-    """A scalar, or numbers in lists of any depth."""
-    inner, shape = schema, [-1]
-    while isinstance(inner, dict) and inner.get("type") == "array":
-        inner, shape = inner.get("items", {}), [*shape, -1]
-    slot = _scalar_slot(name, inner)
-    if slot is None or len(shape) == 1:
-        return slot
-    if not slot.accepts <= _NUMBERS or len(shape) > _MAX_DIMENSIONS:
-        return None
-    return _Slot(Tensor(name, slot.tensor.datatype, shape), slot.accepts, _lists)
-
-
-def _document_slot(schema: dict[str, Any]) -> _Slot:
-    """What has no tensor of its own: bytes, or JSON. A model that says nothing of its items takes arrays as well."""
-    tensor = Tensor("input", "BYTES", [-1])
-    if schema.get("format") == "binary":
-        return _Slot(tensor, _BYTES, _elements)
-    if schema.keys() <= {"not", "title", "description"}:
-        return _Slot(tensor, _BYTES | _NUMBERS | _BOOL, _documents, any_shape=True)
-    return _Slot(tensor, _BYTES, _documents)
-
-
-def _elements(given: _Given) -> list[Any]:
-    """As they came: bytes, or the strings of a JSON tensor, which `ItemReader` takes for base64."""
-    return list(given.values)
-
-
-def _texts(given: _Given) -> list[Any]:
-    return [_text(value, f"{given.field}.data[{index}]") for index, value in enumerate(given.values)]
-
-
-def _text(value: bytes | str, field: str) -> str:
-    try:
-        return value if isinstance(value, str) else value.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"is not UTF-8 at byte {error.start}", field=field) from None
-
-
-def _documents(given: _Given) -> list[Any]:
-    if given.datatype != "BYTES":
-        return _arrays(given)
-    documents = []
-    for index, value in enumerate(given.values):
-        try:
-            documents.append(orjson.loads(value))
-        except orjson.JSONDecodeError as error:
-            raise InvalidInput(
-                f"is not JSON: {error}",
-                field=f"{given.field}.data[{index}]",
-                hint="each element of this tensor is one item as a JSON document",
-            ) from None
-    return documents
-
-
-def _arrays(given: _Given) -> list[Any]:
-    return list(given.values) if len(given.shape) > 1 else _lists(given)
-
-
-def _lists(given: _Given) -> list[Any]:
-    assert isinstance(given.values, np.ndarray)
-    rows: list[Any] = given.values.tolist()
-    return rows
 
 
 # The client's side: from a body to items.
@@ -291,7 +121,7 @@ def read(body: bytes, json_length: int | None, info: ModelInfo) -> Inference:
     binary = _flag(_parameters(request, ""), "binary_data_output", "parameters")
     outputs = _read_outputs(request.get("outputs", []), info)
     given = _read_inputs(request.get("inputs"), b"" if json_length is None else memoryview(body)[json_length:])
-    form = _choose(_forms(info), given)
+    form = _choose(forms_of(info), given)
     columns = [_rows(form, tensor) for tensor in given]
     items = columns[0]
     if form.named:
@@ -314,7 +144,7 @@ def json_length(headers: Mapping[bytes, bytes]) -> int | None:
     return int(value)
 
 
-def _choose(forms: list[_Form], given: list[_Given]) -> _Form:
+def _choose(forms: list[Form], given: list[Given]) -> Form:
     """The form that the tensors' names fit.
 
     Raises:
@@ -339,7 +169,7 @@ def _choose(forms: list[_Form], given: list[_Given]) -> _Form:
     return form
 
 
-def _rows(form: _Form, given: _Given) -> list[Any]:
+def _rows(form: Form, given: Given) -> list[Any]:
     """One value per item of a tensor that `_choose` let pass.
 
     Raises:
@@ -360,15 +190,15 @@ def _rows(form: _Form, given: _Given) -> list[Any]:
     raise InvalidInput(f"{given.name} has {dimensions}", field=f"{given.field}.shape")
 
 
-def _flatten(given: _Given) -> _Given:
+def _flatten(given: Given) -> Given:
     values = given.values.reshape(-1) if isinstance(given.values, np.ndarray) else given.values
-    return _Given(given.field, given.name, given.datatype, given.shape[:1], values)
+    return Given(given.field, given.name, given.datatype, given.shape[:1], values)
 
 
 def _read_outputs(outputs: Any, info: ModelInfo) -> list[Output]:
     if not isinstance(outputs, list):
         raise InvalidInput("must be a list", field="outputs")
-    known = [tensor.name for tensor in _outputs(info)] if info.text else None
+    known = [tensor.name for tensor in outputs_of(info)] if info.text else None
     wanted: list[Output] = []
     for index, given in enumerate(outputs):
         field = f"outputs[{index}]"
@@ -394,7 +224,7 @@ def _unknown_output(name: str, known: Sequence[str], index: int) -> InvalidInput
     return InvalidInput(f"unknown output {name}; the model gives {', '.join(known)}", field=f"outputs[{index}].name")
 
 
-def _read_inputs(inputs: Any, tail: bytes | memoryview) -> list[_Given]:
+def _read_inputs(inputs: Any, tail: bytes | memoryview) -> list[Given]:
     """Check the tensors one by one, taking the binary ones from ``tail`` in their order."""
     if not isinstance(inputs, list) or not inputs:
         raise InvalidInput("must be a list of at least one tensor", field="inputs")
@@ -416,7 +246,7 @@ def _read_inputs(inputs: Any, tail: bytes | memoryview) -> list[_Given]:
                 )
             values = _from_binary(tail[offset : offset + size], datatype, shape, field)
             offset += size
-        given.append(_Given(field, name, datatype, shape, values))
+        given.append(Given(field, name, datatype, shape, values))
     if offset != len(tail):
         raise MalformedBody(f"has {len(tail) - offset} bytes after the last tensor", field="body")
     return given
@@ -438,8 +268,8 @@ def _binary_size(tensor: dict[str, Any], field: str) -> int | None:
 
 def _datatype(tensor: dict[str, Any], field: str) -> str:
     datatype = tensor.get("datatype")
-    if not isinstance(datatype, str) or (datatype not in _DTYPES and datatype != "BYTES"):
-        raise InvalidInput(f"must be one of {', '.join(_DTYPES)}, BYTES", field=f"{field}.datatype")
+    if not isinstance(datatype, str) or (datatype not in DTYPES and datatype != "BYTES"):
+        raise InvalidInput(f"must be one of {', '.join(DTYPES)}, BYTES", field=f"{field}.datatype")
     return datatype
 
 
@@ -449,8 +279,8 @@ def _shape(tensor: dict[str, Any], field: str) -> tuple[int, ...]:
     field = f"{field}.shape"
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise InvalidInput("must be a list of non-negative integers", field=field)
-    if not 1 <= len(shape) <= _MAX_DIMENSIONS:
-        raise InvalidInput(f"needs 1 to {_MAX_DIMENSIONS} dimensions, the first of them the items", field=field)
+    if not 1 <= len(shape) <= MAX_DIMENSIONS:
+        raise InvalidInput(f"needs 1 to {MAX_DIMENSIONS} dimensions, the first of them the items", field=field)
     if 0 in shape:
         raise InvalidInput("must not hold 0: an item needs at least one element", field=field)
     return tuple(shape)
@@ -460,7 +290,7 @@ def _from_binary(data: bytes | memoryview, datatype: str, shape: tuple[int, ...]
     count = math.prod(shape)
     if datatype == "BYTES":
         return _split_elements(data, count, field)
-    dtype = _DTYPES[datatype]
+    dtype = DTYPES[datatype]
     if count * dtype.itemsize != len(data):
         raise InvalidInput(
             f"holds {count * dtype.itemsize} bytes of {datatype}, {len(data)} came", field=f"{field}.shape"
@@ -497,8 +327,8 @@ def _split_elements(data: bytes | memoryview, count: int, field: str) -> list[by
 _JSON_TYPES: dict[str, tuple[set[type], str]] = {
     "BYTES": ({str}, "strings"),
     "BOOL": ({bool}, "booleans"),
-    **{name: ({int}, "integers") for name in _INTEGERS},
-    **{name: ({int, float}, "numbers") for name in _NUMBERS - _INTEGERS},
+    **{name: ({int}, "integers") for name in INTEGERS},
+    **{name: ({int, float}, "numbers") for name in NUMBERS - INTEGERS},
 }
 
 
@@ -512,8 +342,8 @@ def _from_json(data: Any, datatype: str, shape: tuple[int, ...], field: str) -> 
         raise InvalidInput(f"{datatype} is made of {wanted}", field=f"{field}[{index}]")
     if datatype == "BYTES":
         return flat
-    dtype = _DTYPES[datatype]
-    if datatype in _INTEGERS:
+    dtype = DTYPES[datatype]
+    if datatype in INTEGERS:
         limits = np.iinfo(dtype)
         bad = next((index for index, value in enumerate(flat) if not limits.min <= value <= limits.max), None)
     else:
@@ -522,7 +352,7 @@ def _from_json(data: Any, datatype: str, shape: tuple[int, ...], field: str) -> 
         bad = None if np.isfinite(array).all() else int((~np.isfinite(array)).argmax())
     if bad is not None:
         raise InvalidInput(f"{flat[bad]} does not fit in {datatype}", field=f"{field}[{bad}]")
-    return np.array(flat, dtype).reshape(shape) if datatype in _INTEGERS else array.reshape(shape)
+    return np.array(flat, dtype).reshape(shape) if datatype in INTEGERS else array.reshape(shape)
 
 
 def _flat(data: Any, shape: tuple[int, ...], field: str) -> list[Any]:
@@ -600,7 +430,7 @@ def write(inference: Inference, info: ModelInfo, model_name: str, values: list[A
     Raises:
         InvalidInput: an output was asked for that the model does not give, or as JSON where it has no such form.
     """
-    made = _tensors(values, {tensor.name: tensor for tensor in _outputs(info)})
+    made = _tensors(values, {tensor.name: tensor for tensor in outputs_of(info)})
     described: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for index, output in enumerate(inference.outputs or map(Output, made)):
@@ -647,9 +477,9 @@ def _column(values: list[Any], declared: Tensor | None) -> _Made:
     if array is not None:
         if declared and declared.datatype == "FP64" and array.dtype.kind in "iuf":
             array = array.astype(np.float64)  # a model that says float may answer 1 for 1.0
-        datatype = _NAMES.get(array.dtype.newbyteorder("<"))
+        datatype = NAMES.get(array.dtype.newbyteorder("<"))
         if datatype:
-            return _Made(datatype, array.shape, np.ascontiguousarray(array, _DTYPES[datatype]))
+            return _Made(datatype, array.shape, np.ascontiguousarray(array, DTYPES[datatype]))
     if all(isinstance(value, (str, bytes)) for value in values):
         texts = [value.encode() if isinstance(value, str) else value for value in values]
         return _Made("BYTES", (len(values),), texts)
@@ -679,7 +509,7 @@ def _kinds(values: list[Any], depth: int = 1) -> set[type]:
     kinds = set(map(type, values))
     if list not in kinds:
         return kinds
-    if depth == _MAX_DIMENSIONS:
+    if depth == MAX_DIMENSIONS:
         return {object}
     kinds.discard(list)
     return kinds.union(*(_kinds(value, depth + 1) for value in values if type(value) is list))
