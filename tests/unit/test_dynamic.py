@@ -153,3 +153,19 @@ def test_bounds_and_deadlines_hold_while_the_model_is_busy() -> None:
 
     run(main())
     assert ran == [0], "neither the cancelled nor the late item was run"
+
+
+def test_a_lost_device_is_told_at_once() -> None:
+    class AcceleratorError(RuntimeError):
+        pass
+
+    def fails(item: Any) -> Any:
+        raise AcceleratorError("CUDA error: device-side assert triggered")
+
+    async def main() -> None:
+        async with hr.DynamicBatcher(FakeRunner(fails), device="cpu") as batcher:
+            for _ in range(2):
+                with pytest.raises(hr.RunnerError, match="device-side assert"):
+                    await asyncio.wait_for(batcher.infer("x"), 5)
+
+    run(main())
