@@ -135,7 +135,7 @@ def test_health_metrics_and_docs(demo: Server) -> None:
     assert after == before + 1
     assert demo.metric(f'headrace_workers{{model="{NAME}",state="ready"}}') == 1
     page = demo.client.get("/docs").text
-    for asset in ("/docs/assets/swagger-ui-bundle.js", "/docs/assets/swagger-ui.css", "/openapi.json"):
+    for asset in ("docs/assets/swagger-ui-bundle.js", "docs/assets/swagger-ui.css", "openapi.json"):
         assert asset in page
         assert demo.client.get(asset).status_code == 200
     assert "http" not in page.replace("headrace API", ""), "the page works without the internet"

@@ -171,11 +171,9 @@ class FrontEnd:
             body = await read_body(call.headers, call.receive, self._config.max_body_bytes)
             call.received = perf_counter()
             answer = await getattr(self, f"_{call.endpoint}")(call, kind, body)
-            status = answer.status
         except Exception as found:
-            error = found if isinstance(found, HeadraceError) else unexpected(found)
-            status = error.status
-            answer = Answer(_error_bytes(call, error), error.status, error_headers(error))
+            answer = _failure(call, found)
+        status = answer.status
         self._metrics.count(call, status)
         if status == ClientGone.status:
             return
@@ -395,17 +393,20 @@ async def _abandon_when_gone(call: Call) -> None:
         pending.abandon()
 
 
-def _error_bytes(call: Call, error: HeadraceError) -> bytes:
-    path = {"predict": "/predict", "embeddings": "/v1/", "infer": "/v2/"}[call.endpoint]
-    return cold.error_bytes(path, error, call.id)
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     body: bytes
     status: int = 200
     headers: Headers = ()
     kind: bytes = b"application/json"
+
+
+def _failure(call: Call, found: Exception) -> Answer:
+    """The answer that an error is. A function of its own: an exception kept in a frame that is in its own traceback
+    lives until the next garbage collection, with all that the frame holds."""
+    error = found if isinstance(found, HeadraceError) else unexpected(found)
+    path = {"predict": "/predict", "embeddings": "/v1/", "infer": "/v2/"}[call.endpoint]
+    return Answer(cold.error_bytes(path, error, call.id), error.status, error_headers(error))
 
 
 _STREAM_HEADERS = [
