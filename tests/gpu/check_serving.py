@@ -2,7 +2,7 @@
 
     python tests/gpu/check_serving.py [--out FILE.json]
 
-A script of its own, since machines with GPUs are lent for minutes: one call checks and measures everything.
+A script of its own, since time on a GPU is dear: one call checks and measures everything.
 """
 
 from __future__ import annotations
