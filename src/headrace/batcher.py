@@ -11,7 +11,8 @@ with a small overhead (a CPU) batches come out narrow and without padding, on on
 
 Bounds, each kept for every batch: at most ``max_batch_size`` items; padded size (items × longest) at most
 ``max_batch_tokens``, except that a longer item runs alone; no item whose deadline has passed. The oldest item is in
-every batch, so an item waits at most for those that were there before it; and once younger items have passed it in
+every batch, so an item waits at most for those that were there before it; only the oldest few batches' worth are
+compared by length, so a long queue moves on in order of arrival; and once younger items have passed an item in
 ``max_passes`` batches (a number fixed at its arrival) it goes before everything that is not overdue too.
 """
 
@@ -30,9 +31,10 @@ from headrace.errors import Overloaded
 # In simulation smaller values cost up to 30 % of the throughput in a long queue and did not help the 99th percentile.
 PASSES_BASE = 16
 PASSES_PER_TURN = 2
-# In a long queue nobody waits much longer than twice the time in which all of it is served.
-PASSES_SHORT_QUEUE = 20
-PASSES_PER_TURN_LONG_QUEUE = 1.25
+# Neighbours in length are looked for among so many full batches' worth of the oldest items, and at least so many items:
+# a long queue then keeps nobody much longer than it takes to serve all of it, and padding hardly grows.
+WINDOW_BATCHES = 4
+WINDOW_ITEMS = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -83,8 +85,9 @@ class Batcher:
         self.capacity = capacity
         self.overhead_tokens = overhead_tokens
         self._sequence = itertools.count(1)
-        self._by_age: dict[int, Entry] = {}
-        self._by_cost: list[tuple[int, int]] = []
+        self._by_age: dict[int, Entry] = {}  # all that wait
+        self._by_cost: list[tuple[int, int]] = []  # those in the window, by length
+        self._behind: dict[int, Entry] = {}  # the younger ones
         self._seq_of: dict[Hashable, int] = {}
         self._cost = 0
 
@@ -100,14 +103,13 @@ class Batcher:
         if len(self._by_age) >= self.capacity:
             raise Overloaded(f"{self.capacity} requests are waiting already")
         entry.seq = seq = next(self._sequence)
-        turns = len(self._by_age) // self.max_batch_size
-        entry.max_passes = min(
-            PASSES_BASE + PASSES_PER_TURN * turns, max(PASSES_SHORT_QUEUE, int(PASSES_PER_TURN_LONG_QUEUE * turns))
-        )
+        turns = min(len(self._by_age), self._window) // self.max_batch_size
+        entry.max_passes = PASSES_BASE + PASSES_PER_TURN * turns
         self._by_age[seq] = entry
         self._seq_of[entry.key] = seq
         self._cost += entry.cost
-        bisect.insort(self._by_cost, (entry.cost, seq))
+        self._behind[seq] = entry
+        self._fill_window()
 
     def cancel(self, key: Hashable) -> bool:
         """Forget an item that waits; False when it is not here (any more)."""
@@ -165,7 +167,18 @@ class Batcher:
         del self._by_age[entry.seq]
         del self._seq_of[entry.key]
         self._cost -= entry.cost
-        del self._by_cost[bisect.bisect_left(self._by_cost, (entry.cost, entry.seq))]
+        if self._behind.pop(entry.seq, None) is None:
+            del self._by_cost[bisect.bisect_left(self._by_cost, (entry.cost, entry.seq))]
+            self._fill_window()
+
+    @property
+    def _window(self) -> int:
+        return max(WINDOW_ITEMS, WINDOW_BATCHES * self.max_batch_size)
+
+    def _fill_window(self) -> None:
+        while self._behind and len(self._by_cost) < self._window:
+            seq = next(iter(self._behind))
+            bisect.insort(self._by_cost, (self._behind.pop(seq).cost, seq))
 
     def _count_passes(self, newest: int) -> None:
         for seq, entry in self._by_age.items():

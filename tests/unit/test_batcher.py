@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.batcher import PASSES_BASE, Batcher, Entry
+from headrace.batcher import PASSES_BASE, WINDOW_ITEMS, Batcher, Entry
 from headrace.errors import Overloaded
 
 
@@ -27,6 +27,20 @@ def test_the_oldest_runs_with_its_neighbours_in_length() -> None:
         room.offer(entry(key, cost))
     assert keys(room.take(0)[0]) == [0, 2, 4]
     assert keys(room.take(0)[0]) == [1, 3, 5]
+
+
+def test_in_a_long_queue_only_the_oldest_are_compared_by_length() -> None:
+    """Whoever is far behind moves up in order of arrival, however well its length would fit into a batch."""
+    room = Batcher(max_batch_size=2, overhead_tokens=1)
+    lengths = [10, *(50 for _ in range(WINDOW_ITEMS - 1)), 10]
+    for key, cost in enumerate(lengths):
+        room.offer(entry(key, cost))
+    assert keys(room.take(0)[0]) == [0], "the other one of its length is not in the window yet"
+    assert keys(room.take(0)[0]) == [1, 2]
+    room.cancel(3)
+    assert len(room) == len(lengths) - 4
+    taken = [key for _ in range(len(lengths)) for key in keys(room.take(0)[0])]
+    assert sorted(taken) == list(range(4, len(lengths)))
 
 
 def test_a_large_overhead_makes_wide_batches_and_a_small_one_narrow() -> None:
