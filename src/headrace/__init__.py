@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from headrace.library import App, serve
+    from headrace.tasks.registry import agent
     from headrace.version import __version__
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "RunnerError",
     "Unavailable",
     "__version__",
+    "agent",
     "serve",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "DynamicBatcher": "dynamic",
     "Prediction": "client",
     "__version__": "version",
+    "agent": "tasks.registry",
     "serve": "library",
 }
 

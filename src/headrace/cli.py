@@ -8,32 +8,47 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from headrace import config
-from headrace.errors import HeadraceError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.version import __version__
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _options(function: _F) -> _F:
-    """Every option of the configuration as a flag."""
-    for option in reversed(config.options()):
-        if option.secret:
-            continue
-        default = option.default if option.default != "" else "none"
-        shown = str(default).lower() if option.is_switch else default
-        declare = click.option(
-            *([f"{option.flag}/--no-{option.flag[2:]}"] if option.is_switch else [option.flag]),
-            option.name,
-            default=None,
-            metavar=None if option.is_switch else option.shape.upper() if "|" not in option.shape else option.shape,
-            help=f"{option.help} [default: {shown}; {option.variable}]",
-        )
-        function = declare(function)
+def _options(*groups: str) -> Callable[[_F], _F]:
+    """Options of the configuration as flags.
+
+    Args:
+        groups: ``server``, ``model`` and ``tasks``.
+    """
+
+    def declare_all(function: _F) -> _F:
+        for option in reversed(config.options()):
+            if not (option.secret or option.argument) and option.group in groups:
+                function = _flag(option)(function)
+        return click.option(
+            "--config",
+            "file",
+            type=click.Path(path_type=Path),
+            help="configuration file [default: headrace.toml if there]",
+        )(function)
+
+    return declare_all
+
+
+def _flag(option: config.Option) -> Callable[[_F], _F]:
+    """One option as a flag."""
+    default = option.default if option.default != "" else "none"
+    shown = str(default).lower() if option.is_switch else default
     return click.option(
-        "--config", "file", type=click.Path(path_type=Path), help="configuration file [default: headrace.toml if there]"
-    )(function)
+        *([f"{option.flag}/--no-{option.flag[2:]}"] if option.is_switch else [option.flag]),
+        option.name,
+        default=None,
+        metavar=None if option.is_switch else option.shape.upper() if "|" not in option.shape else option.shape,
+        help=f"{option.help} [default: {shown}; {option.variable}]",
+    )
 
 
 class _Group(click.Group):
@@ -48,22 +63,81 @@ def main() -> None:
 
 
 @main.command(short_help="Everything on this machine, on real input.")
-@_options
-def up(file: Path | None, **flags: Any) -> None:
-    """Serve the demo's embedding model, or the models of the configuration file, and print a request to try."""
-    from headrace.up import DEMO_NAME, demo_model
+@click.argument("app", required=False)
+@_options("server", "model", "tasks")
+def up(app: str | None, file: Path | None, **flags: Any) -> None:
+    """Serve models and run the agents of APP (a file or a module), with a task store of its own.
+
+    Without APP, the demo's agents run; without models in the configuration file, the demo's embedding model is served.
+    """
+    from headrace import up as compose
 
     def read() -> config.Config:
-        settings = config.load(flags, file=file)
-        return settings if settings.models else config.load(flags, targets={DEMO_NAME: str(demo_model())}, file=file)
+        settings = config.load({**flags, "app": app}, file=file)
+        given = {**flags, "app": settings.app or compose.DEMO_APP}
+        targets = {} if settings.models or settings.app else {compose.DEMO_NAME: str(compose.demo_model())}
+        return config.load(given, targets=targets, file=file)
 
-    _serve(read)
+    _start(read, compose.everything, "up")
+
+
+@main.command(short_help="HTTP for agents; task workers run elsewhere.")
+@click.argument("app", required=False)
+@_options("server", "tasks")
+def gateway(app: str | None, file: Path | None, **flags: Any) -> None:
+    """Accept tasks for the agents of APP: on any number of machines with one --redis, or on one with one --data-dir.
+
+    APP is imported once, in a process of its own, to learn what its agents take; without it the task workers say so.
+    """
+    from headrace import up as compose
+
+    def read() -> config.Config:
+        settings = config.load({**flags, "app": app}, file=file)
+        return msgspec.structs.replace(settings, app=settings.app or "", models={})
+
+    _start(read, lambda settings, on_ready, _: compose.gateway(settings, on_ready), "gateway")
+
+
+@main.group(cls=_Group, short_help="Run tasks, and look after them.")
+def task() -> None:
+    """Task workers, and commands about single tasks."""
+
+
+@task.command(name="worker", short_help="Run the tasks of agents.")
+@click.argument("app", required=False)
+@_options("server", "tasks")
+def task_worker(app: str | None, file: Path | None, **flags: Any) -> None:
+    """Run the agents of APP, on any number of machines with the same --redis, or the same --data-dir on one."""
+    from headrace import up as compose
+
+    def read() -> config.Config:
+        settings = config.load({**flags, "app": app}, file=file)
+        if not settings.app:
+            raise ConfigError("no agents to run", field="app", hint="headrace task worker APP, a file or a module")
+        # The port of a machine's `up` or gateway; here it is there when it is asked for.
+        admin_port = config.given("admin_port", flags, file=file)
+        return msgspec.structs.replace(settings, models={}, admin_port=-1 if admin_port is None else admin_port)
+
+    _start(read, lambda settings, on_ready, _: compose.worker(settings, on_ready), "task worker")
+
+
+@main.command(short_help="Stop the embedded task store.")
+@_options("tasks")
+def down(file: Path | None, **flags: Any) -> None:
+    """Stop the task store of --data-dir now; what it holds stays on disk.
+
+    (It stops by itself when nobody has used it for a minute.)
+    """
+    from headrace import up as compose
+
+    stopped = compose.down(config.load(flags, file=file))
+    click.echo("the task store has stopped" if stopped else "no task store runs")
 
 
 @main.command(short_help="Serve a model over HTTP.")
 @click.argument("target", required=False)
 @click.option("--name", default=None, help="the model's name in paths and metrics [default: made from the target]")
-@_options
+@_options("server", "model")
 def serve(target: str | None, name: str | None, file: Path | None, **flags: Any) -> None:
     """Serve TARGET: module:callable, a Hugging Face directory or id, or a TorchScript .pt file.
 
@@ -72,7 +146,20 @@ def serve(target: str | None, name: str | None, file: Path | None, **flags: Any)
     from headrace.config import name_of
 
     targets = {name or name_of(target): target} if target else {}
-    _serve(lambda: config.load(flags, targets=targets, file=file))
+
+    def run_models(
+        settings: config.Config, on_ready: Callable[[str, str], None], reread: Callable[[], config.Config]
+    ) -> int:
+        import asyncio
+
+        from headrace.serving.server import serve as serve_models
+
+        return asyncio.run(serve_models(settings, on_ready, reread))
+
+    def read() -> config.Config:
+        return msgspec.structs.replace(config.load(flags, targets=targets, file=file), app="")
+
+    _start(read, run_models, "serve")
 
 
 @main.command(short_help="Measure a server under load.")
@@ -117,12 +204,13 @@ def bench(
     click.echo(report.as_json(results) if style == "json" else report.as_table(results))
 
 
-def _serve(read: Callable[[], config.Config]) -> None:
-    """Serve what the configuration says; a reload reads it again."""
-    import asyncio
-
+def _start(
+    read: Callable[[], config.Config],
+    run: Callable[[config.Config, Callable[[str, str], None], Callable[[], config.Config]], int],
+    verb: str,
+) -> None:
+    """Run what the configuration says; a reload reads it again."""
     from headrace import log
-    from headrace.serving.server import serve
 
     settings = read()
     log.set_up("supervisor", level=settings.log_level, style=settings.log_format)
@@ -130,20 +218,23 @@ def _serve(read: Callable[[], config.Config]) -> None:
         click.echo(f"warning: no option reads the variable {variable}; it is ignored", err=True)
 
     def on_ready(url: str, admin_url: str) -> None:
-        click.echo(
-            f"ready: {', '.join(settings.models)}\n"
-            f'  try      curl --json \'{{"input":"hello world"}}\' {url}/predict\n'
-            f"  API      {url}/docs\n"
-            f"  health   {url}/health/ready\n"
-            f"  metrics  {url}/metrics\n"
-            + (f"  admin    {admin_url}/admin/workers\n" if admin_url else "")
-            + "Ctrl-C stops it."
-        )
+        lines = [f"ready: {', '.join([*settings.models, *([settings.app] if settings.app else [])]) or verb}"]
+        if settings.models:
+            lines.append(f'  try      curl --json \'{{"input":"hello world"}}\' {url}/predict')
+        if url and settings.app:
+            lines.append(f"  agents   {url}/agents")
+        if url and settings.app == "headrace.demo":
+            lines.append(f'  ask      curl --json \'{{"message":"how is a batch formed?"}}\' {url}/agent/run')
+        if url:
+            lines += [f"  API      {url}/docs", f"  health   {url}/health/ready", f"  metrics  {url}/metrics"]
+        if admin_url:
+            lines.append(f"  admin    {admin_url}/admin/workers")
+        click.echo("\n".join([*lines, "Ctrl-C stops it."]))
         sys.stdout.flush()
 
-    names = ", ".join(f"{name} from {model.target}" for name, model in settings.models.items())
-    click.echo(f"loading {names}", err=True)
-    sys.exit(asyncio.run(serve(settings, on_ready, read)))
+    loading = [f"{name} from {model.target}" for name, model in settings.models.items()]
+    click.echo(f"loading {', '.join([*loading, *([settings.app] if settings.app else [])]) or verb}", err=True)
+    sys.exit(run(settings, on_ready, read))
 
 
 def run() -> None:

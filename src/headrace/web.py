@@ -77,13 +77,13 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, headers: Mapping[bytes, bytes]) -> None:
-        """Raises `Unauthorized` unless the headers hold one of the keys.
+    def check(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """The key in the headers, empty where there are none. Raises `Unauthorized` unless it is one of ours.
 
         Digests are compared, each in constant time and all of them, so that time says nothing of a key.
         """
         if not self._digests:
-            return
+            return b""
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() != b"bearer":
             given = headers.get(b"x-api-key", b"")
@@ -92,6 +92,7 @@ class Keys:
             raise Unauthorized(
                 "this server asks for a key", field="Authorization", hint="send Authorization: Bearer KEY, or X-API-Key"
             )
+        return given.strip()
 
 
 def _digest(key: bytes) -> bytes:

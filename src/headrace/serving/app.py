@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -106,6 +106,30 @@ class Readable(Protocol):
     async def read(self, index: int, reader: ItemReader) -> Item: ...
 
 
+class Part(Protocol):
+    """Something else that a front end serves beside the models."""
+
+    name: str
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def state(self) -> str:
+        """In a word, for health reports."""
+        ...
+
+    def add_routes(self, app: Any) -> None: ...
+
+    async def start(self) -> None: ...
+
+    def drain(self) -> None:
+        """The process is about to end: hold no connection open for long."""
+        ...
+
+    async def stop(self) -> None: ...
+
+
 class FrontEnd:
     """What one HTTP process serves.
 
@@ -114,15 +138,26 @@ class FrontEnd:
         router: the way to the models.
         row: where metrics go.
         reader: the merged metrics of all processes, for `/metrics`.
+        parts: what else is served here.
     """
 
-    def __init__(self, config: Config, router: Router, row: metrics.Row, reader: metrics.Reader) -> None:
+    def __init__(
+        self,
+        config: Config,
+        router: Router,
+        row: metrics.Row,
+        reader: metrics.Reader,
+        parts: Sequence[Part] = (),
+    ) -> None:
         self._router = router
+        self._parts = parts
         self._readers: dict[str, ItemReader] = {}
         self._calls: set[Call] = set()
         self._watchers: set[asyncio.Task[None]] = set()
         self._metrics = _FrontMetrics(row)
-        self._cold = cold.make_app(router, reader)
+        self._cold = cold.make_app(router, reader, parts)
+        for part in parts:
+            part.add_routes(self._cold)
         self._configure(config)
         router.on_config = self._configure
         router.on_model = self._learn
@@ -132,10 +167,16 @@ class FrontEnd:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
-        if scope["type"] != "http":
+        headers = dict(scope["headers"])
+        if scope["type"] == "websocket":
+            try:
+                scope["headrace.key"] = self._keys.check(headers)
+            except HeadraceError as error:
+                await receive()
+                await send({"type": "websocket.close", "code": 4000 + error.status})
+                return
             await self._cold(scope, receive, send)
             return
-        headers = dict(scope["headers"])
         ident = request_id(headers)
         log.request_id.set(ident)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -153,7 +194,7 @@ class FrontEnd:
 
         if self._keys and not path.startswith(("/health/", "/v2/health/")):
             try:
-                self._keys.check(headers)
+                scope["headrace.key"] = self._keys.check(headers)
             except HeadraceError as error:
                 await respond(send_with_id, error.status, cold.error_bytes(path, error, ident), error_headers(error))
                 return
@@ -370,9 +411,23 @@ class FrontEnd:
     async def start(self) -> None:
         """Begin to look for workers."""
         self._routing = asyncio.ensure_future(self._router.run())
+        for part in self._parts:
+            await part.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model has a worker and every part is ready."""
+        return self._router.ready and all(part.ready for part in self._parts)
+
+    def drain(self) -> None:
+        """The process is about to end."""
+        for part in self._parts:
+            part.drain()
 
     async def stop(self) -> None:
         """Close the connections to workers."""
+        for part in self._parts:
+            await part.stop()
         self._routing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._routing

@@ -6,6 +6,7 @@ what the workers say of their models, so that it shows the user's own types.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from headrace.web import make_app as make_web_app
 from headrace.web import native_error
 
 
-def make_app(router: Router, reader: metrics.Reader) -> FastAPI:
-    """The application beside the hot path."""
+def make_app(router: Router, reader: metrics.Reader, parts: Sequence[Any] = ()) -> FastAPI:
+    """The application beside the hot path; ``parts`` say in the health report how they are."""
     app = make_web_app("headrace", __version__, error_bytes)
     started = int(wall())
 
@@ -40,8 +41,9 @@ def make_app(router: Router, reader: metrics.Reader) -> FastAPI:
     @app.get("/health/ready", tags=["health"], summary="Whether every model has a warm worker")
     async def ready() -> Response:
         states = {name: route.state for name, route in router.routes.items()}
-        well = router.ready
+        well = router.ready and all(part.ready for part in parts)
         body = {"status": "ready" if well else "not_ready", "models": states}
+        body |= {part.name: part.state for part in parts}
         return JSONResponse(body, 200 if well else 503, None if well else {"Retry-After": "1"})
 
     _add_inference(app, router)

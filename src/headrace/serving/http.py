@@ -7,13 +7,14 @@ import gc
 import resource
 import socket
 import sys
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
 from headrace import metrics
 from headrace.child import Child
 from headrace.core import Beat, Hello
-from headrace.serving.app import FrontEnd
+from headrace.serving.app import FrontEnd, Part
 from headrace.serving.protocol import PatientProtocol
 from headrace.serving.router import Router
 
@@ -23,12 +24,17 @@ _MOST_CONNECTIONS = 65_536
 BEAT_S = 0.5
 
 
-def main(argv: list[str]) -> int:
-    """``python -m headrace.serving.http LISTENER_FD SLOT RUN_DIR CONTROL_FD``."""
+def main(argv: list[str], parts: Callable[[Child], Sequence[Part]] = lambda child: ()) -> int:
+    """``python -m headrace.serving.http LISTENER_FD SLOT RUN_DIR CONTROL_FD``.
+
+    Args:
+        parts: makes what is served beside the models.
+    """
     listener = socket.socket(fileno=int(argv[0]))
     child = Child(argv[1:], cleans_up=True)
     router = Router(child.config, child.run_dir, child.row)
-    app = FrontEnd(child.config, router, child.row, metrics.Reader(child.run_dir.metrics))
+    reader = metrics.Reader(child.run_dir.metrics)
+    app = FrontEnd(child.config, router, child.row, reader, parts(child))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -37,22 +43,20 @@ def main(argv: list[str]) -> int:
             server_header=False,
             proxy_headers=False,
             http=PatientProtocol,
+            ws="websockets-sansio",
+            ws_max_size=child.config.max_body_bytes,
             lifespan="on",
             limit_concurrency=raise_descriptor_limit() - _OTHER_DESCRIPTORS,
             timeout_graceful_shutdown=max(1, round(child.config.shutdown_grace_s)),
         )
     )
 
-    def drain(grace_s: float) -> None:
-        server.should_exit = True
-
-    child.watch(drain)
     # Modules and tokenizers live as long as the process, and requests make few cycles: a collection every 700 objects
     # would cost a tenth of the time and find nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        runner.run(_serve(server, listener, router, child))
+        runner.run(_serve(server, listener, app, child))
     return 0
 
 
@@ -65,10 +69,17 @@ def raise_descriptor_limit() -> int:
     return max(soft, wanted)
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket, router: Router, child: Child) -> None:
+async def _serve(server: uvicorn.Server, listener: socket.socket, app: FrontEnd, child: Child) -> None:
+    loop = asyncio.get_running_loop()
+
+    def drain(grace_s: float) -> None:
+        server.should_exit = True
+        loop.call_soon_threadsafe(app.drain)
+
+    child.watch(drain)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     # It is ready when it listens and is connected to a worker of every model. Neither side offers an event to await.
-    while not (server.started and router.ready) and not serving.done():  # noqa: ASYNC110
+    while not (server.started and app.ready) and not serving.done():  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     if not serving.done():
         child.tell(Hello())

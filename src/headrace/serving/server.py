@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +47,19 @@ async def serve(
     config: Config,
     on_ready: Callable[[str, str], None] = lambda url, admin_url: None,
     reread: Callable[[], Config] | None = None,
+    *,
+    front_end: str | None = "headrace.serving.http",
+    others: Callable[[str], Sequence[Spec]] = lambda url: (),
 ) -> int:
     """Run until SIGTERM or SIGINT; SIGHUP reloads the models.
 
     Args:
-        config: must name at least one model.
+        config: must name at least one model, unless there is something else to run.
         on_ready: called with the URLs of the API and of the admin port (empty without one) once every model is warm.
         reread: reads the configuration again for a reload; without it a reload keeps the options and loads anew.
+        front_end: module that is the front ends' process; without one there are none, and no port.
+        others: makes the further processes to keep running, from the API's URL (empty without front ends); they are
+            asked to end together with the front ends.
 
     Returns:
         The exit status: 0 after an orderly end, 1 when a process could not start.
@@ -58,10 +67,10 @@ async def serve(
     Raises:
         ConfigError: no model is named, or an address cannot be listened on.
     """
-    if not config.models:
+    if not (config.models or config.app):
         raise ConfigError("no model to serve", field="target", hint="headrace serve TARGET, or [models.NAME] in a file")
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listen(config.host, config.port, "port"))
+        listener = stack.enter_context(_listen(config.host, config.port, "port")) if front_end else None
         admin = None
         if config.admin_port >= 0:
             if not (config.api_keys or is_loopback(config.admin_host)):
@@ -73,7 +82,16 @@ async def serve(
             admin = stack.enter_context(_listen(config.admin_host, config.admin_port, "admin_port"))
         run_dir = RunDir.create(config)
         stack.callback(run_dir.remove)
-        return await _Server(config, run_dir, listener, admin, reread or (lambda: config)).run(on_ready)
+        processes = _Processes(front_end or "", others(_url(listener) if listener else ""))
+        return await _Server(config, run_dir, listener, admin, reread or (lambda: config), processes).run(on_ready)
+
+
+@dataclass(frozen=True)
+class _Processes:
+    """What runs beside the model workers: the front ends' module, and the others."""
+
+    front_end: str
+    others: Sequence[Spec]
 
 
 class _Server:
@@ -81,9 +99,10 @@ class _Server:
         self,
         config: Config,
         run_dir: RunDir,
-        listener: socket.socket,
+        listener: socket.socket | None,
         admin: socket.socket | None,
         reread: Callable[[], Config],
+        processes: _Processes,
     ) -> None:
         self._config = config
         self._listener = listener
@@ -93,7 +112,11 @@ class _Server:
         self._row.gauge(metrics.BUILD_INFO, version=__version__).set(1)
         self._supervisor = Supervisor(run_dir, self._count)
         self._fleet = Fleet(config, run_dir, self._supervisor, self._row)
-        self._front_ends = {http_slot(index): self._front_end(index) for index in range(config.http_worker_count())}
+        count = config.http_worker_count() if listener else 0
+        self._front_ends = {http_slot(index): self._front_end(index, processes.front_end) for index in range(count)}
+        self._others = {
+            spec.slot: dataclasses.replace(spec, on_end=partial(self._clear, spec.slot)) for spec in processes.others
+        }
         self._admin_listener = admin
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
@@ -102,16 +125,20 @@ class _Server:
     async def run(self, on_ready: Callable[[str, str], None]) -> int:
         self._catch_signals()
         self._fleet.start()
-        for spec in self._front_ends.values():
+        for spec in (*self._front_ends.values(), *self._others.values()):
             self._supervisor.start(spec)
-        starting = asyncio.ensure_future(self._all_ready([*self._fleet.slots, *self._front_ends]))
+        slots = [*self._fleet.slots, *self._front_ends, *self._others]
+        starting = asyncio.ensure_future(self._all_ready(slots))
         stopping = asyncio.ensure_future(self._stop.wait())
         admin = self._start_admin()
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         code = 0
         if starting.done():
             if starting.result():
-                on_ready(_url(self._listener), _url(self._admin_listener) if self._admin_listener else "")
+                on_ready(
+                    _url(self._listener) if self._listener else "",
+                    _url(self._admin_listener) if self._admin_listener else "",
+                )
                 if self._config.reload:
                     self._in_background(self._reload_on_change())
                 await stopping
@@ -139,7 +166,8 @@ class _Server:
 
     async def _shut_down(self) -> None:
         """Front ends first: they answer what they have accepted, for which they need the workers."""
-        self._listener.close()
+        if self._listener:
+            self._listener.close()
         grace_s = self._config.shutdown_grace_s
         orderly = asyncio.ensure_future(self._stop_in_order(grace_s))
         hurry = asyncio.ensure_future(self._exit_now.wait())
@@ -154,7 +182,7 @@ class _Server:
         self._supervisor.close()
 
     async def _stop_in_order(self, grace_s: float) -> None:
-        await self._supervisor.stop(list(self._front_ends), grace_s)
+        await self._supervisor.stop([*self._front_ends, *self._others], grace_s)
         await self._supervisor.stop_all(grace_s)
 
     def _catch_signals(self) -> None:
@@ -173,7 +201,7 @@ class _Server:
 
     async def _reload(self) -> dict[str, Any]:
         config = self._reread()
-        if not config.models:
+        if not config.models and self._config.models:
             raise ConfigError("the configuration names no model any more", field="models")
         fixed = [name for name in _FIXED if getattr(config, name) != getattr(self._config, name)]
         if fixed:
@@ -214,20 +242,25 @@ class _Server:
         self._in_background(server.run_until_stopped())
         return server
 
-    def _front_end(self, index: int) -> Spec:
+    def _clear(self, slot: str) -> None:
+        """Leave no stale figures of a process that has ended."""
+        metrics.Row(self._run_dir.metrics_file(slot)).close()
+
+    def _front_end(self, index: int, module: str) -> Spec:
+        assert self._listener
         descriptor = self._listener.fileno()
         slot = http_slot(index)
         return Spec(
             slot=slot,
-            argv=(sys.executable, "-P", "-m", "headrace.serving.http", str(descriptor)),
+            argv=(sys.executable, "-P", "-m", module, str(descriptor)),
             # A tokenizer's own thread pool would compete with the model for the cores.
             env={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
             # It is ready when it has found a worker of every model.
-            start_timeout_s=60.0 + max(model.load_timeout_s for model in self._config.models.values()),
+            start_timeout_s=60.0 + max((model.load_timeout_s for model in self._config.models.values()), default=0.0),
             step_timeout_s=_LOOP_TIMEOUT_S,
             pass_fds=(descriptor,),
             backoff_s=SHORT_BACKOFF_S,
-            on_end=lambda: metrics.Row(self._run_dir.metrics_file(slot)).close(),
+            on_end=partial(self._clear, slot),
         )
 
     def _count(self) -> None:
@@ -235,6 +268,8 @@ class _Server:
         self._fleet.count()
         restarts = sum(self._supervisor.restarts(slot) for slot in self._front_ends if self._supervisor.knows(slot))
         self._row.counter(metrics.HTTP_RESTARTS).advance_to(restarts)
+        restarts = sum(self._supervisor.restarts(slot) for slot in self._others if self._supervisor.knows(slot))
+        self._row.counter(metrics.TASK_WORKER_RESTARTS).advance_to(restarts)
 
 
 def source_files(root: Path | None = None) -> dict[str, int]:
