@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import headrace
@@ -19,11 +20,11 @@ SOURCE = ROOT / "src" / "headrace"
 LAYERS = [
     {"errors", "clock", "log", "config", "version"},
     {"core", "metrics", "stats"},
-    {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "web"},
-    {"serving", "loadgen", "dynamic", "client"},
-    {"", "cli", "up", "asgi", "library", "testing", "__main__"},
+    {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "web", "http_client"},
+    {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents"},
+    {"", "cli", "task_cli", "up", "front", "demo", "define", "asgi", "library", "testing", "__main__"},
 ]
-PARTS = {"serving", "loadgen", "dynamic", "client"}
+PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents"}
 TORCH_ALLOWED = {"runners"}
 # One home per heavy dependency.
 HOMES = {
@@ -31,14 +32,18 @@ HOMES = {
     "transformers": {"runners"},
     "huggingface_hub": {"runners"},
     "tokenizers": {"runners"},
-    "fastapi": {"web", "serving"},
-    "starlette": {"web", "serving"},
+    "fastapi": {"web", "serving", "tasks"},
+    "starlette": {"web", "serving", "tasks"},
     "uvicorn": {"serving"},
-    "pydantic": {"runners"},
-    "jsonschema_rs": {"serving"},
-    "click": {"cli"},
+    "pydantic": {"runners", "tasks", "agents"},
+    "jsonschema_rs": {"serving", "tasks"},
+    "redis": {"tasks"},
+    "docket": {"tasks"},
+    "ag_ui": {"tasks"},
+    "pydantic_ai": {"agents"},
+    "click": {"cli", "task_cli"},
     "httptools": {"loadgen"},
-    "httpx": {"client"},
+    "httpx": {"http_client", "tasks_client"},
     "python_multipart": {"serving"},
 }
 
@@ -177,6 +182,8 @@ def test_commands_in_the_documents_exist(path: Path) -> None:
         if verb.startswith("-"):
             continue
         command = main.commands[verb]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         for word in words:
             if word.startswith("--"):

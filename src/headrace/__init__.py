@@ -19,15 +19,19 @@ if TYPE_CHECKING:
         LoadError,
         Overloaded,
         RunnerError,
+        TaskCancelled,
+        TaskFailed,
         Unavailable,
     )
     from headrace.library import App, serve
     from headrace.tasks.registry import agent
+    from headrace.tasks_client import AsyncTasks, Task, TaskEvent, Tasks
     from headrace.version import __version__
 
 __all__ = [
     "App",
     "AsyncClient",
+    "AsyncTasks",
     "Client",
     "ConfigError",
     "DeadlineExceeded",
@@ -38,6 +42,11 @@ __all__ = [
     "Overloaded",
     "Prediction",
     "RunnerError",
+    "Task",
+    "TaskCancelled",
+    "TaskEvent",
+    "TaskFailed",
+    "Tasks",
     "Unavailable",
     "__version__",
     "agent",
@@ -47,9 +56,13 @@ __all__ = [
 _HOMES = {
     "App": "library",
     "AsyncClient": "client",
+    "AsyncTasks": "tasks_client",
     "Client": "client",
     "DynamicBatcher": "dynamic",
     "Prediction": "client",
+    "Task": "tasks_client",
+    "TaskEvent": "tasks_client",
+    "Tasks": "tasks_client",
     "__version__": "version",
     "agent": "tasks.registry",
     "serve": "library",

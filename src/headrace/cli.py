@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from headrace import config
+from headrace import config, task_cli
 from headrace.errors import ConfigError, HeadraceError
 from headrace.version import __version__
 
@@ -68,15 +68,14 @@ def main() -> None:
 def up(app: str | None, file: Path | None, **flags: Any) -> None:
     """Serve models and run the agents of APP (a file or a module), with a task store of its own.
 
-    Without APP, the demo's agents run; without models in the configuration file, the demo's embedding model is served.
+    Without APP and without models in the configuration file, the demo's embedding model is served.
     """
     from headrace import up as compose
 
     def read() -> config.Config:
         settings = config.load({**flags, "app": app}, file=file)
-        given = {**flags, "app": settings.app or compose.DEMO_APP}
         targets = {} if settings.models or settings.app else {compose.DEMO_NAME: str(compose.demo_model())}
-        return config.load(given, targets=targets, file=file)
+        return config.load({**flags, "app": settings.app}, targets=targets, file=file)
 
     _start(read, compose.everything, "up")
 
@@ -119,6 +118,10 @@ def task_worker(app: str | None, file: Path | None, **flags: Any) -> None:
         return msgspec.structs.replace(settings, models={}, admin_port=-1 if admin_port is None else admin_port)
 
     _start(read, lambda settings, on_ready, _: compose.worker(settings, on_ready), "task worker")
+
+
+for _command in task_cli.COMMANDS:
+    task.add_command(_command)
 
 
 @main.command(short_help="Stop the embedded task store.")
@@ -223,8 +226,6 @@ def _start(
             lines.append(f'  try      curl --json \'{{"input":"hello world"}}\' {url}/predict')
         if url and settings.app:
             lines.append(f"  agents   {url}/agents")
-        if url and settings.app == "headrace.demo":
-            lines.append(f'  ask      curl --json \'{{"message":"how is a batch formed?"}}\' {url}/agent/run')
         if url:
             lines += [f"  API      {url}/docs", f"  health   {url}/health/ready", f"  metrics  {url}/metrics"]
         if admin_url:

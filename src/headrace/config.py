@@ -382,7 +382,8 @@ def _refuse_unknown(content: Iterable[str], known: Iterable[str], where: str) ->
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """`HEADRACE_…` variables that no option reads: most often a misspelling."""
     variables = os.environ if environment is None else environment
-    known = {option.variable for option in options()}
+    # Read elsewhere: by agents and by the commands about single tasks.
+    known = {option.variable for option in options()} | {"HEADRACE_API_KEY", "HEADRACE_URL"}
     return sorted(name for name in variables if name.startswith(ENV_PREFIX) and name not in known)
 
 

@@ -17,7 +17,8 @@
     └─ TaskError             of a long job
        ├─ TaskNotFound 404   ├─ TaskConflict 409          (its state does not allow that)
        ├─ StoreDown 503      └─ ValueTooLarge 413         (a step, an event or a result)
-       └─ inside a worker:   StepFailed · CodeChanged · TaskCancelled · LeaseLost · AttemptsExhausted
+       ├─ TaskFailed         └─ TaskCancelled             (for a client that waits for a result)
+       └─ inside a worker:   StepFailed · CodeChanged · LeaseLost · AttemptsExhausted
 
 `web.py` turns them into HTTP answers, `to_fault`/`from_fault` carry them over a socket. This module knows
 neither HTTP frameworks nor sockets.
@@ -213,6 +214,28 @@ class ValueTooLarge(TaskError):
 
     code = "value_too_large"
     status = 413
+
+
+class TaskFailed(TaskError):
+    """A task has failed: what a client that waits for its result is told.
+
+    Args:
+        reason: the code that it failed with, for example ``agent_error``, ``deadline_exceeded``, ``code_changed``.
+    """
+
+    code = "task_failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        field: str | None = None,
+        hint: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, field=field, hint=hint, retry_after_s=retry_after_s)
+        self.reason = reason
 
 
 class StepFailed(TaskError):

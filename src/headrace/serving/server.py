@@ -43,12 +43,15 @@ _LOOP_TIMEOUT_S = 30.0
 _FIXED = ("host", "port", "http_workers", "admin_host", "admin_port", "log_level", "log_format")
 
 
+MODELS_ONLY = "headrace.serving.http"
+
+
 async def serve(
     config: Config,
     on_ready: Callable[[str, str], None] = lambda url, admin_url: None,
     reread: Callable[[], Config] | None = None,
     *,
-    front_end: str | None = "headrace.serving.http",
+    front_end: str | None = MODELS_ONLY,
     others: Callable[[str], Sequence[Spec]] = lambda url: (),
 ) -> int:
     """Run until SIGTERM or SIGINT; SIGHUP reloads the models.
@@ -67,7 +70,7 @@ async def serve(
     Raises:
         ConfigError: no model is named, or an address cannot be listened on.
     """
-    if not (config.models or config.app):
+    if not config.models and front_end == MODELS_ONLY:
         raise ConfigError("no model to serve", field="target", hint="headrace serve TARGET, or [models.NAME] in a file")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(config.host, config.port, "port")) if front_end else None

@@ -43,7 +43,7 @@ class Writer(Protocol):
 
 
 class Suspended(BaseException):
-    """The task goes on later, in another run of its code. Not an `Exception`: user code shall not catch it by accident."""
+    """The task goes on later, in another run of its code. Not an `Exception`: user code must not catch it."""
 
     def __init__(self, change: Change) -> None:
         super().__init__(change.what)

@@ -273,7 +273,7 @@ def _await_keepers_lock(folder: Path, held: contextlib.ExitStack) -> int | None:
 def _start(folder: Path, lock: int, program: Path, fsync: str) -> None:
     if shutil.disk_usage(folder).free < _LEAST_FREE_BYTES:
         raise _full(folder, "there is no space left on its disk")
-    path = socket_path(folder)
+    path = _earlier_path(folder, lock) or socket_path(folder)
     os.ftruncate(lock, 0)
     os.pwrite(lock, os.fsencode(path), 0)
     _spawn(
@@ -288,6 +288,14 @@ def _start(folder: Path, lock: int, program: Path, fsync: str) -> None:
         *("--aof-use-rdb-preamble", "no", "--save", ""),
         *("--maxmemory-policy", "noeviction"),
     )
+
+
+def _earlier_path(folder: Path, lock: int) -> Path | None:
+    """Where the server listened that has ended, if that is possible now: clients come back to it, also those of another
+    environment, which would have chosen another place."""
+    path = Path(os.fsdecode(os.pread(lock, 4096, 0)))
+    same = path.is_absolute() and path.name == socket_path(folder).name
+    return path if same and os.access(path.parent, os.W_OK | os.X_OK) else None
 
 
 def _start_keeper(folder: Path, lock: int, path: Path, limit_s: float) -> None:

@@ -28,6 +28,7 @@ from headrace.errors import (
     StoreDown,
     TaskConflict,
     TaskNotFound,
+    Unavailable,
 )
 from headrace.metrics import LANES
 from headrace.tasks.delivery import RedisError
@@ -38,8 +39,10 @@ from headrace.tasks.store import STATES, AgentSpec, Ended, Event, Submission, Ta
 _log = logging.getLogger(__name__)
 
 _FRESH_S = 2.0
+_AGAIN_S = 2.0
 _USABLE_KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
 _STREAM_ID = re.compile(r"^\d{1,15}(-\d{1,10})?$")
+_CURSOR = re.compile(r"^\d{1,15}-[0-9a-f]{1,64}$")
 _MOST_LISTED = 500
 _FIELDS = ("agent", "message", "input", "priority", "timeout_s", "model")
 
@@ -77,16 +80,26 @@ class Gateway:
 
     async def _run(self) -> None:
         try:
-            async with self._service as service:
-                self._hub = Hub(service.connection, service.store)
-                self._opened = True
-                await self._hub.run()
+            while True:
+                try:
+                    await self._serve()
+                except Unavailable as error:  # it may pass: a store that loads much data, a full disk
+                    self.failure = error
+                    _log.error("no tasks can be taken for now: %s", error.message)
+                    await asyncio.sleep(_AGAIN_S)
         except HeadraceError as error:
             self.failure = error
             _log.error("no tasks can be taken: %s%s", error.message, f" ({error.hint})" if error.hint else "")
         except Exception as error:
             _log.exception("the gateway's part of the task store has failed")
             self.failure = StoreDown(f"the task store cannot be used: {type(error).__name__}")
+
+    async def _serve(self) -> None:
+        try:
+            async with self._service as service:
+                self._hub = Hub(service.connection, service.store)
+                self.failure, self._opened = None, True
+                await self._hub.run()
         finally:
             self._opened = False
 
@@ -253,26 +266,26 @@ class Gateway:
             raise InvalidInput(f"{status!r} is no state", field="status", hint=", ".join(STATES))
         if not 1 <= limit <= _MOST_LISTED:
             raise InvalidInput(f"must be from 1 to {_MOST_LISTED}", field="limit")
-        try:
-            before = float(after) if after else None
-        except ValueError:
-            raise InvalidInput("is not what a page gave to go on from", field="after", hint="use its next") from None
+        if after and not _CURSOR.match(after):
+            raise InvalidInput("is not what a page gave to go on from", field="after", hint="use its next")
+        at, _, ident = after.partition("-")
+        last = (int(at), ident) if after else None
         self._require_open()
         found: list[Task] = []
         async with store_errors():
             while len(found) < limit:
-                page, before = await self._service.store.tasks(before, limit)
+                page, last = await self._service.store.tasks(last, limit)
                 found += [
                     task
                     for task in page
                     if task.owner == owner and status in ("", task.state) and agent in ("", task.agent)
                 ]
-                if before is None:
+                if last is None:
                     break
         if len(found) > limit:
             found = found[:limit]
-            before = float(found[-1].created_at)
-        return found, None if before is None else f"{before:.0f}"
+            last = (found[-1].created_at, found[-1].id)
+        return found, None if last is None else f"{last[0]}-{last[1]}"
 
     async def _read(self, body: Any, owner: str, key: str) -> Submission:
         if not isinstance(body, dict):

@@ -75,10 +75,10 @@ class Service:
             Unavailable, ConfigError: it cannot be had as configured.
         """
         pause_s = _FIRST_PAUSE_S
-        url = await asyncio.to_thread(find_store, self._config)
         while True:
             try:
-                await self._connect(url)
+                # Each time: an embedded store that died meanwhile is started again.
+                await self._connect(await asyncio.to_thread(find_store, self._config))
                 break
             except (RedisError, OSError) as error:
                 await self._stack.aclose()

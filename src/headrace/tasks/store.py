@@ -350,15 +350,23 @@ class Store:
             raise _unknown(ident)
         return self._task(ident, row, steps, ttl)
 
-    async def tasks(self, before: float | None, limit: int) -> tuple[list[Task], float | None]:
-        """Tasks from the newest on, those with the score ``before`` and younger left out.
+    async def tasks(self, after: tuple[int, str] | None, limit: int) -> tuple[list[Task], tuple[int, str] | None]:
+        """Tasks from the newest on.
+
+        Args:
+            after: time of creation and id of the last one that is known: those behind it are wanted.
 
         Returns:
-            Up to ``limit`` of them, and the score to go on from, ``None`` at the end.
+            Up to ``limit`` of them, and what to go on from, ``None`` at the end.
         """
-        found = await self._client.zrevrangebyscore(
-            "{hr}:all", f"({before}" if before is not None else "+inf", "-inf", 0, limit, withscores=True
-        )
+        highest, ties = "+inf", 0
+        if after is not None:
+            # Many may be of one millisecond, in the order of their ids then.
+            highest = str(after[0])
+            ties = await self._client.zcount("{hr}:all", highest, highest)
+        rows_found = await self._client.zrevrangebyscore("{hr}:all", highest, "-inf", 0, limit + ties, withscores=True)
+        found = [(ident, int(at)) for ident, at in rows_found if after is None or (int(at), _text(ident)) < after]
+        found = found[:limit]
         tasks, gone = [], []
         rows = self._read_rows([_text(ident) for ident, _ in found])
         for ident, _ in found:
@@ -369,7 +377,7 @@ class Store:
                 gone.append(ident)
         if gone:
             await self._client.zrem("{hr}:all", *gone)
-        return tasks, found[-1][1] if len(found) == limit else None
+        return tasks, (found[-1][1], _text(found[-1][0])) if len(found) == limit else None
 
     async def events(self, ident: str, after: str = "0-0", count: int = _PAGE) -> list[Event]:
         """Events past a stream id, oldest first, at most ``count``."""

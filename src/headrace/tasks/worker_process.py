@@ -11,6 +11,7 @@ import traceback
 from headrace.child import Child
 from headrace.core import Beat, Hello
 from headrace.errors import HeadraceError
+from headrace.tasks.delivery import RedisError
 from headrace.tasks.registry import Agent, load_app
 from headrace.tasks.service import Service
 from headrace.tasks.worker import TaskWorker
@@ -50,7 +51,7 @@ async def _work(child: Child, agents: dict[str, Agent]) -> int:
     child.watch(drain)
     async with Service(config, child.row) as service:
         service.metrics.know(agents)
-        await service.store.publish_agents([agent.spec() for agent in agents.values()])
+        await _publish(service, agents)
         worker = TaskWorker(
             service.connection,
             service.store,
@@ -72,6 +73,17 @@ async def _work(child: Child, agents: dict[str, Agent]) -> int:
             await asyncio.wait({working}, timeout=BEAT_S)
         await working
     return 0
+
+
+async def _publish(service: Service, agents: dict[str, Agent]) -> None:
+    """Tell the gateways what there is to run, through an outage that begins just now."""
+    while True:
+        try:
+            await service.store.publish_agents([agent.spec() for agent in agents.values()])
+            return
+        except RedisError as error:
+            _log.warning("the task store does not answer: %s; trying again in %g s", error, BEAT_S)
+            await asyncio.sleep(BEAT_S)
 
 
 if __name__ == "__main__":
