@@ -31,6 +31,8 @@ check: $(VENV)/.installed-dev
 # The long forms: ten minutes of chaos by seed, ten seeded rounds of the property tests and of what kills something.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/chaos/chaos.py --seconds 600 --seed $(or $(SEED),3) --out benchmarks/results/chaos-latest.json
+	$(BIN)/python tests/chaos/task_chaos.py --agents 60 --steps 10 --kill-every 2 --seed $(or $(SEED),3) \
+	  --out benchmarks/results/task-chaos-latest.json
 	@set -e; for seed in 1 2 3 4 5 6 7 8 9 10; do echo "round $$seed"; \
 	  $(BIN)/python -m pytest -q --hypothesis-seed=$$seed tests/property tests/processes/test_survival.py $(ARGS); done
 

@@ -25,14 +25,15 @@ import orjson
 import peers
 from headrace import stats
 from headrace.loadgen import driver
+from headrace.up import demo_model
 from serving import BIN, THREADS, InProcess, checker, children, cpu_s, describe, noop_load, sentences, server
 
 HEADRACE = str(BIN / "headrace")
 Note = Callable[[str, float], None]
 
 
-def ours(target: str, port: int, *arguments: str, verb: str = "serve") -> contextlib.AbstractContextManager[Any]:
-    argv = [HEADRACE, verb, *([target] if target else []), "--port", str(port), "--admin-port", "-1", *arguments]
+def ours(target: str, port: int, *arguments: str) -> contextlib.AbstractContextManager[Any]:
+    argv = [HEADRACE, "serve", *([target] if target else []), "--port", str(port), "--admin-port", "-1", *arguments]
     return server(argv, port, {})
 
 
@@ -64,7 +65,7 @@ def beside_peers(python: Path, rounds: int, note: Note) -> None:
     check = checker([model.embed([text])[0] for text in texts])
     port = peers.free_port()
     threads = ("--threads", str(THREADS))
-    with all_three("minilm", python, ours("", port, *threads, verb="up"), port) as servers:
+    with all_three("minilm", python, ours(str(demo_model()), port, *threads), port) as servers:
         for number in range(rounds):
             note("offline, arrival order, req/s", model.arrival_rate(texts))
             for name, (url, _) in servers.items():
@@ -91,7 +92,7 @@ def overload(python: Path, note: Note, seconds: float = 30.0, room: int = 200) -
     bodies = [orjson.dumps({"input": text}) for text in sentences()]
     port = peers.free_port()
     arguments = ("--max-queue", str(room), "--threads", str(THREADS))
-    with all_three("minilm", python, ours("", port, *arguments, verb="up"), port) as servers:
+    with all_three("minilm", python, ours(str(demo_model()), port, *arguments), port) as servers:
         for name, (url, pids) in servers.items():
             before = _resident_mib(pids())
             result = load(url, bodies, 512, seconds if name == "headrace" else seconds / 3)

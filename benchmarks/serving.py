@@ -205,7 +205,21 @@ def main() -> None:
 
     headrace = str(BIN / "headrace")
     with (
-        server([headrace, "up", "--admin-port", "-1", "--port", str(ours), "--threads", str(THREADS)], ours, {}),
+        server(
+            [
+                headrace,
+                "serve",
+                str(demo_model()),
+                "--admin-port",
+                "-1",
+                "--port",
+                str(ours),
+                "--threads",
+                str(THREADS),
+            ],
+            ours,
+            {},
+        ),
         server(
             [sys.executable, "-m", "uvicorn", "plain_batcher:app", "--port", str(plain), "--log-level", "error"],
             plain,

@@ -144,7 +144,12 @@ def serving(
             stdout=out,
             stderr=out,
             cwd=cwd,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(short), **(env or {})},
+            env={
+                **os.environ,
+                "XDG_RUNTIME_DIR": str(short),
+                "HEADRACE_DATA_DIR": str(tmp_path / "data"),
+                **(env or {}),
+            },
         )
     server = Server(process, port, admin, log, run_parent)
     try:

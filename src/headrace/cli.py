@@ -68,14 +68,15 @@ def main() -> None:
 def up(app: str | None, file: Path | None, **flags: Any) -> None:
     """Serve models and run the agents of APP (a file or a module), with a task store of its own.
 
-    Without APP and without models in the configuration file, the demo's embedding model is served.
+    Without APP, the demo's agents run; without models in the configuration file, the demo's embedding model is served.
     """
     from headrace import up as compose
 
     def read() -> config.Config:
         settings = config.load({**flags, "app": app}, file=file)
+        given = {**flags, "app": settings.app or compose.DEMO_APP}
         targets = {} if settings.models or settings.app else {compose.DEMO_NAME: str(compose.demo_model())}
-        return config.load({**flags, "app": settings.app}, targets=targets, file=file)
+        return config.load(given, targets=targets, file=file)
 
     _start(read, compose.everything, "up")
 
@@ -226,6 +227,10 @@ def _start(
             lines.append(f'  try      curl --json \'{{"input":"hello world"}}\' {url}/predict')
         if url and settings.app:
             lines.append(f"  agents   {url}/agents")
+        if url and settings.app == "headrace.demo":
+            lines.append(f"""  index    curl --json '{{"agent":"index"}}' {url}/agent/run""")
+            question = "how is a batch formed?"
+            lines.append(f"""  where    curl --json '{{"agent":"where","message":"{question}"}}' {url}/agent/run""")
         if url:
             lines += [f"  API      {url}/docs", f"  health   {url}/health/ready", f"  metrics  {url}/metrics"]
         if admin_url:

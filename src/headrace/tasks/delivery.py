@@ -19,6 +19,7 @@ import datetime
 import enum
 import importlib.metadata
 import itertools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -27,7 +28,7 @@ from docket import CurrentExecution, CurrentWorker, Docket, Execution, Worker
 from docket import worker as docket_worker
 from docket._redis import RedisConnection
 from docket.dependencies import AdmissionBlocked
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from headrace.errors import Unavailable
 from headrace.metrics import LANES
@@ -39,6 +40,7 @@ _IDLE = timedelta(seconds=1)
 _BUSY = timedelta(milliseconds=5)
 # Messages are taken over a little early, so that a task goes on within 1.3 leases.
 _SHARE_OF_LEASE = 0.95
+_DEAD_MS = 3_600_000
 
 
 class Outcome(enum.Enum):
@@ -138,6 +140,21 @@ class Delivery:
         when = datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC) if at_ms else None
         await self._lanes[lane].add("run", when=when, key=reference)(reference)
 
+    async def forget_dead_places(self) -> None:
+        """Remove the names that places of ended processes left behind, if they hold nothing. Raises `RedisError`."""
+        for lane in self._lanes.values():
+            async with lane.redis() as redis:
+                try:
+                    known = await redis.xinfo_consumers(lane.stream_key, lane.worker_group_name)
+                except ResponseError:  # nobody has read this lane yet
+                    continue
+                for each in known:
+                    # A living place asks at least once a second.
+                    if each["pending"] == 0 and each["idle"] > _DEAD_MS:
+                        await redis.xgroup_delconsumer(  # type: ignore[attr-defined]  # missing from docket's protocol
+                            lane.stream_key, lane.worker_group_name, each["name"]
+                        )
+
     @contextlib.asynccontextmanager
     async def place(self, lane: str, name: str, run: Run, *, keeps_time: bool) -> AsyncIterator[asyncio.Task[None]]:
         """A place that takes tasks of a lane until the task given back is cancelled; it then waits for what it runs.
@@ -171,6 +188,18 @@ async def _run(
     assert isinstance(place, _Place)
     if await place.run_task(reference, Message(execution, place.name)) is Outcome.LET_GO:
         raise AdmissionBlocked(execution, reason="it is another worker's", handled=True)
+
+
+class _Brief(logging.Filter):
+    """An outage of the store is said once, by us: docket's places would each add a traceback per attempt."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return not (isinstance(error, RedisError) or "Redis" in record.getMessage())
+
+
+for _name in ("docket.worker", "docket.strikelist"):
+    logging.getLogger(_name).addFilter(_Brief())
 
 
 def check() -> None:

@@ -104,6 +104,8 @@ class TaskWorker:
         async with contextlib.AsyncExitStack() as stack:
             for keep in (self._watch_leases, self._listen):
                 stack.enter_context(_background(keep()))
+            with contextlib.suppress(RedisError):
+                await self._delivery.forget_dead_places()
             places = [
                 await stack.enter_async_context(
                     self._delivery.place(lane, f"{self._name}.{lane}.{index}", self._take, keeps_time=index == 0)
@@ -166,7 +168,7 @@ class TaskWorker:
             self._metrics.active.set(len(self._runs))
         if run.lost:
             self._metrics.lease_losses.inc()
-            _log.warning("task %s is another worker's now; this one has let it go", claim.id)
+            _log.warning("this worker has let go of task %s: its lease ran out, or another worker has it", claim.id)
         if run.status:
             self._metrics.ended(Ended(claim.agent, claim.created_ms, run.status), run.tokens)
         if run.queued:
@@ -197,7 +199,10 @@ class TaskWorker:
     async def _watch_leases(self) -> None:
         while True:
             await asyncio.sleep(self._lease_s / 4)
-            await asyncio.gather(*(run.watch() for run in self._runs))
+            for result in await asyncio.gather(*(run.watch() for run in self._runs), return_exceptions=True):
+                if isinstance(result, Exception):
+                    # A defect with one task must not cost the others their leases.
+                    _log.error("cannot watch a lease", exc_info=result)
 
     async def _listen(self) -> None:
         """Hear at once of tasks that somebody has ended; what is missed during an outage, the watch sees."""

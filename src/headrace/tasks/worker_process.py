@@ -20,6 +20,8 @@ _log = logging.getLogger("headrace.tasks.worker_process")  # __name__ is __main_
 
 BEAT_S = 0.5
 _CANNOT_START = 3
+# Kept of the grace period for handing over what is not done by then, also code that is slow to stop.
+_HAND_OVER_S = 6.0
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +67,7 @@ async def _work(child: Child, agents: dict[str, Agent]) -> int:
             row=child.row,
         )
         child.tell(Hello())
-        working = asyncio.ensure_future(worker.run(stop, max(0.0, grace_s - 1.0)))
+        working = asyncio.ensure_future(worker.run(stop, max(grace_s / 2, grace_s - _HAND_OVER_S)))
         step = 0
         while not working.done():
             # From the loop that runs the agents: one that is blocked is silent, and is ended after a while.
