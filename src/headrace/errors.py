@@ -195,7 +195,7 @@ class TaskNotFound(TaskError):
 
 
 class TaskConflict(TaskError):
-    """The task is in a state that does not allow what was asked, or an `Idempotency-Key` belongs to another body."""
+    """The task is in a state that does not allow what was asked."""
 
     code = "task_conflict"
     status = 409

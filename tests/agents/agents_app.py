@@ -134,3 +134,9 @@ async def use_key(ctx: Any) -> str:
 async def keys(ctx: Any) -> list[str]:
     """The keys of idempotency of two steps at once."""
     return list(await asyncio.gather(ctx.step("a", use_key, ctx), ctx.step("b", use_key, ctx)))
+
+
+@hr.agent
+async def leak(ctx: Any) -> None:
+    """Fails as a client library does that quotes the key it was given."""
+    raise PermissionError(f"401: incorrect key {os.environ['SOME_API_KEY']}")

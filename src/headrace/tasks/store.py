@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from redis.exceptions import NoScriptError
 
-from headrace.errors import LeaseLost, Overloaded, TaskConflict, TaskNotFound
+from headrace.errors import InvalidInput, LeaseLost, Overloaded, TaskConflict, TaskNotFound
 from headrace.metrics import LANES
 from headrace.tasks.delivery import RedisConnection
 
@@ -202,7 +202,7 @@ class Store:
 
         Raises:
             Overloaded: so many tasks are not finished.
-            TaskConflict: the key of idempotency belongs to another request.
+            InvalidInput: the key of idempotency belongs to another request.
         """
         ident = uuid.uuid4().hex
         keyed = f"{{hr}}:idem:{wanted.owner}:{wanted.idempotency_key}" if wanted.idempotency_key else ""
@@ -230,11 +230,7 @@ class Store:
             known, state, turn, lane = (_text(each) for each in reply[1:])
             return (Queued(known, int(turn), lane) if state == "pending" else None), known, state
         if reply[0] == b"conflict":
-            raise TaskConflict(
-                "this Idempotency-Key belongs to a task with another body",
-                field="Idempotency-Key",
-                hint="use a new key",
-            )
+            raise InvalidInput("belongs to a task with another body", field="Idempotency-Key", hint="use a new key")
         raise self._full(int(reply[1]))
 
     async def sent(self, *queued: Queued) -> None:
