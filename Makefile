@@ -39,6 +39,7 @@ soak: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 	$(BIN)/python benchmarks/beside.py
+	$(BIN)/python benchmarks/tasks.py
 
 # Without an NVIDIA driver the CPU build of torch is asked for first; the plain one brings gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt

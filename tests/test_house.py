@@ -35,7 +35,7 @@ HOMES = {
     "fastapi": {"web", "serving", "tasks"},
     "starlette": {"web", "serving", "tasks"},
     "uvicorn": {"serving"},
-    "pydantic": {"runners", "tasks", "agents"},
+    "pydantic": {"runners", "tasks", "agents", "demo"},
     "jsonschema_rs": {"serving", "tasks"},
     "redis": {"tasks"},
     "docket": {"tasks"},

@@ -128,7 +128,8 @@ def test_the_openai_client_works_unchanged(demo: Server, direct: Any) -> None:
 
 def test_health_metrics_and_docs(demo: Server) -> None:
     assert demo.client.get("/health/live").json() == {"status": "live"}
-    assert demo.client.get("/health/ready").json() == {"status": "ready", "models": {NAME: "ready"}}
+    expected = {"status": "ready", "models": {NAME: "ready"}, "agents": "ready"}
+    assert demo.client.get("/health/ready").json() == expected
     before = demo.metric(f'headrace_requests_total{{model="{NAME}",endpoint="predict",status="success"}}')
     demo.predict("count me")
     after = demo.metric(f'headrace_requests_total{{model="{NAME}",endpoint="predict",status="success"}}')

@@ -225,7 +225,7 @@ def test_a_worker_that_wakes_up_after_its_lease_can_do_nothing_any_more(tmp_path
         wait_until(lambda: play.notes("begin", ident, 1, 2), 20, "another worker has taken over")
         for pid in reversed(frozen):
             os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: f"task {ident} is another worker's now" in stalled.log, 10, "the stalled one has let it go")
+        wait_until(lambda: f"let go of task {ident}" in stalled.log, 10, "the stalled one has let it go")
 
         # Had the stalled one acknowledged the message of the new owner, nobody would take over from that one.
         new = next(each for each in workers if each is not stalled)

@@ -67,7 +67,7 @@ async def _work(child: Child, agents: dict[str, Agent]) -> int:
             row=child.row,
         )
         child.tell(Hello())
-        working = asyncio.ensure_future(worker.run(stop, max(grace_s / 2, grace_s - _HAND_OVER_S)))
+        working = asyncio.ensure_future(worker.run(stop, grace_s - min(_HAND_OVER_S, grace_s / 4)))
         step = 0
         while not working.done():
             # From the loop that runs the agents: one that is blocked is silent, and is ended after a while.
