@@ -68,15 +68,17 @@ def main() -> None:
 def up(app: str | None, file: Path | None, **flags: Any) -> None:
     """Serve models and run the agents of APP (a file or a module), with a task store of its own.
 
-    Without APP, the demo's agents run; without models in the configuration file, the demo's embedding model is served.
+    Without APP and without models in the configuration file it is the demo: an embedding model, and two agents that use
+    it.
     """
     from headrace import up as compose
 
     def read() -> config.Config:
         settings = config.load({**flags, "app": app}, file=file)
-        given = {**flags, "app": settings.app or compose.DEMO_APP}
-        targets = {} if settings.models or settings.app else {compose.DEMO_NAME: str(compose.demo_model())}
-        return config.load(given, targets=targets, file=file)
+        if settings.models or settings.app:
+            return settings
+        demo = {compose.DEMO_NAME: str(compose.demo_model())}
+        return config.load({**flags, "app": compose.DEMO_APP}, targets=demo, file=file)
 
     _start(read, compose.everything, "up")
 

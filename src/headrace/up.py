@@ -48,7 +48,12 @@ def demo_model() -> Path:
 
 
 def everything(config: Config, on_ready: OnReady, reread: Callable[[], Config]) -> int:
-    """Models, gateway, task workers and, without ``redis_url``, the embedded store, until SIGTERM or Ctrl-C."""
+    """Models, gateway, task workers and, without ``redis_url``, the embedded store, until SIGTERM or Ctrl-C.
+
+    Where the configuration has no agents, there are models only.
+    """
+    if not config.app:
+        return asyncio.run(serve(config, on_ready, reread))
     with _store_of_our_own(config):
         return asyncio.run(
             serve(config, on_ready, reread, front_end=_FRONT_END, others=lambda url: task_workers(config, url))
