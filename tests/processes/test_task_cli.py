@@ -73,7 +73,7 @@ def test_from_submit_to_result(server: Server) -> None:
         ]
         again = tasks.submit("shout", message="once", idempotency_key="k")
         assert tasks.submit("shout", message="once", idempotency_key="k").task_id == again.task_id
-        with pytest.raises(errors.TaskConflict):
+        with pytest.raises(errors.InvalidInput):
             tasks.submit("shout", message="twice", idempotency_key="k")
 
 
