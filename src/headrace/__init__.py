@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.client import AsyncClient, Client, Prediction
+    from headrace.define import agent
     from headrace.dynamic import DynamicBatcher
     from headrace.errors import (
         ConfigError,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from headrace.library import App, serve
-    from headrace.tasks.registry import agent
     from headrace.tasks_client import AsyncTasks, Task, TaskEvent, Tasks
     from headrace.version import __version__
 
@@ -64,7 +64,7 @@ _HOMES = {
     "TaskEvent": "tasks_client",
     "Tasks": "tasks_client",
     "__version__": "version",
-    "agent": "tasks.registry",
+    "agent": "define",
     "serve": "library",
 }
 

@@ -38,6 +38,14 @@ def _secrets() -> list[str]:
     return sorted((value for value in values if len(value) >= 8), key=len, reverse=True)
 
 
+def hide(secret: str) -> None:
+    """Let `redact` take out this value too: a key that the code was given."""
+    known = _secrets()
+    if len(secret) >= 8 and secret not in known:
+        known.append(secret)
+        known.sort(key=len, reverse=True)
+
+
 def redact(text: str) -> str:
     """Take out what must not be read by others: keys of providers, passwords in URLs, values of variables named like a
     secret (``…_KEY``, ``…_TOKEN``, ``…_PASSWORD``)."""

@@ -244,6 +244,7 @@ def _show(task: Task, style: str) -> None:
         "status": task.status,
         "result": json.dumps(task.result, ensure_ascii=False) if task.status == "completed" else "",
         "error": f"{task.error.code}: {task.error.message}" if task.error else "",
+        "hint": (task.error.hint or "") if task.error else "",
         "asks": asked.prompt if asked else "",
         "answer": f"headrace task answer {task.task_id} VALUE" if asked else "",
         "steps": str(task.steps) if task.created_at else "",

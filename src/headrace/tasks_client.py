@@ -54,10 +54,12 @@ _PAGE = 100
 
 
 class TaskProblem(msgspec.Struct, frozen=True):
-    """What a task failed with."""
+    """What a task failed with. ``field`` is the part of the input that was wrong, ``hint`` what to do about it."""
 
     code: str
     message: str
+    field: str | None = None
+    hint: str | None = None
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -195,9 +197,8 @@ class _Core(Core):
         if task.status == "cancelled":
             raise TaskCancelled(f"task {ident} was cancelled", hint="retry runs it once more, from where it was")
         problem = task.error or TaskProblem("", "it does not say why")
-        raise TaskFailed(
-            problem.message, reason=problem.code, hint="retry runs it once more: steps that are done are not repeated"
-        )
+        again = "retry runs it once more: steps that are done are not repeated"
+        raise TaskFailed(problem.message, reason=problem.code, field=problem.field, hint=problem.hint or again)
 
     def events(self, ident: str, after: str, timeout_s: float | None) -> Generator[Try | _Stream | float, None, None]:
         """A `_Stream` gives the events while it is taken. Streams follow one another until one has had the last."""

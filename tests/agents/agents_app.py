@@ -73,6 +73,12 @@ async def fail(ctx: Any, message: str = "no") -> None:
     raise ValueError(message)
 
 
+@hr.agent
+async def picky(ctx: Any, number: int) -> None:
+    """Refuses what its schema allows, and says what to do."""
+    raise hr.InvalidInput(f"{number} is odd", field="number", hint="give an even one")
+
+
 class Flaky(Exception):
     pass
 

@@ -43,6 +43,15 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+def kill_processes_of(folder: Path) -> int:
+    """How many there were. A keeper may just have started a server that this round did not see."""
+    found = [pid for pid in processes_of(folder) if alive(pid)]
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(found)
+
+
 def keeper_of(folder: Path) -> int | None:
     """The process that holds the keeper's lock."""
     for pid in processes_of(folder):
@@ -56,10 +65,7 @@ def keeper_of(folder: Path) -> int | None:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A data directory to be; whatever runs in this test's directories has ended afterwards."""
     yield tmp_path / "data"
-    for pid in processes_of(tmp_path):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, processes_of(tmp_path))), 10, "all processes of the test are gone")
+    wait_until(lambda: kill_processes_of(tmp_path) == 0, 10, "all processes of the test are gone")
     for each in tmp_path.iterdir():
         socket_path(each).unlink(missing_ok=True)
 

@@ -12,7 +12,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from conftest import ROOT, Server, serving, wait_until
+import headrace as hr
+from conftest import ROOT, Server, serving, wait_for_end, wait_until
 
 AGENTS = ROOT / "tests" / "agents"
 
@@ -212,6 +213,22 @@ def test_retries_repeat_no_finished_step(agents: Server) -> None:
 def test_what_is_too_large_says_what_to_do(agents: Server) -> None:
     ident = submit(agents, "large", input=300_000)
     assert until(agents, ident, "failed")["error"]["code"] == "value_too_large"
+
+
+def test_an_error_keeps_its_field_and_its_hint(agents: Server) -> None:
+    wanted = {"code": "invalid_input", "message": "3 is odd", "field": "number", "hint": "give an even one"}
+    ident = submit(agents, "picky", input=3)
+    assert wait_for_end(agents, ident)["error"] == wanted
+    with hr.Tasks(agents.url) as tasks, pytest.raises(hr.TaskFailed) as caught:
+        tasks.result(ident)
+    assert (caught.value.reason, caught.value.field, caught.value.hint) == (
+        "invalid_input",
+        "number",
+        "give an even one",
+    )
+    answer = agents.client.post("/agent/run", json={"agent": "picky", "input": 3})
+    assert answer.status_code == 422
+    assert answer.json()["error"].items() >= wanted.items()
 
 
 def test_run_waits_for_the_result_and_no_longer_than_asked(agents: Server) -> None:

@@ -1,7 +1,7 @@
 """What an agent's code holds of its task: steps that are not repeated, events, questions, sleep.
 
-Every step has a number, taken in the order of the calls, and a name. What it gave is in the journal before anybody
-hears of it; an attempt after a crash takes it from there. Knows the store only through the one write that its owner
+Every step has a number, taken in the order of the calls, and a name; within the body of step 3 they are 3.1, 3.2 and so
+on. What it gave is in the journal before anybody hears of it; an attempt after a crash takes it from there. Knows the store only through the one write that its owner
 allows it.
 """
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 # A shorter sleep is slept where the task runs; for a longer one its place is given to others.
 _SHORT_SLEEP_S = 2.0
 _LONGEST_PAUSE_S = 30.0
-_current_step: contextvars.ContextVar[int | None] = contextvars.ContextVar("headrace_step", default=None)
+_current_step: contextvars.ContextVar[str] = contextvars.ContextVar("headrace_step", default="")
 _adapter = functools.lru_cache(maxsize=1024)(pydantic.TypeAdapter)
 
 
@@ -72,9 +72,8 @@ class Context:
         self._claim = claim
         self._write = write
         self._max_value_bytes = max_value_bytes
-        self._numbers = itertools.count(1)
-        self._next = 1
-        self._recorded = {int(key.partition(":")[0]): key for key in claim.journal}
+        self._taken: dict[str, int] = {}
+        self._recorded = {key.partition(":")[0]: key for key in claim.journal}
         self._steps = {
             status: row.counter(metrics.TASK_STEPS, model=claim.agent, status=status)
             for status in metrics.STEP_STATUSES
@@ -83,8 +82,7 @@ class Context:
     @property
     def idempotency_key(self) -> str:
         """For services that are asked to do something once: the same in every attempt at this step, and no other's."""
-        step = _current_step.get()
-        return f"{self.task_id}:{self._next if step is None else step}"
+        return f"{self.task_id}:{_current_step.get() or self._taken.get('', 0) + 1}"
 
     def step(
         self,
@@ -140,7 +138,7 @@ class Context:
         """
         number = self._take_number()
         key = f"{number}:ask"
-        adapter = None if schema is None or isinstance(schema, dict) else _adapter(schema)
+        adapter = None if schema is None or isinstance(schema, dict) else _adapter_of(schema, "an answer")
         recorded = self._lookup(number, key)
         if recorded is not None:
             return adapter.validate_json(recorded) if adapter else msgspec.json.decode(recorded)
@@ -162,12 +160,12 @@ class Context:
             argument = str(until_ms).encode()
             raise Suspended(Change("", key, argument, "sleep", argument))
         if recorded is None:
-            await self._write(key, str(until_ms).encode())
+            await self._keep(number, key, str(until_ms).encode())
         await asyncio.sleep(max(0.0, left_s))
 
     async def _step(
         self,
-        number: int,
+        number: str,
         name: str,
         function: Callable[..., Any],
         call: Callable[[], Any],
@@ -176,7 +174,7 @@ class Context:
         timeout_s: float | None,
     ) -> Any:
         key = f"{number}:{name}"
-        adapter = _adapter(_return_type(function))
+        adapter = _adapter_of(_return_type(function), f"the value of step {name!r}")
         recorded = self._lookup(number, key)
         if recorded is not None:
             self._steps["replayed"].inc()
@@ -199,13 +197,13 @@ class Context:
                 hint="return plain values, dataclasses or pydantic models, and annotate the function",
             ) from None
         self._check_size(encoded, f"step {name!r}")
-        await self._write(key, encoded, [self._event("STEP_FINISHED", {"step_name": name})])
+        await self._keep(number, key, encoded, [self._event("STEP_FINISHED", {"step_name": name})])
         self._steps["success"].inc()
         return decoded
 
     async def _call(
         self,
-        number: int,
+        number: str,
         call: Callable[[], Any],
         retries: int,
         retry_on: tuple[type[Exception], ...],
@@ -214,6 +212,7 @@ class Context:
         token = _current_step.set(number)
         try:
             for attempt in itertools.count():
+                self._taken[number] = 0
                 try:
                     async with asyncio.timeout(timeout_s):
                         return await _await(call)
@@ -229,12 +228,18 @@ class Context:
         finally:
             _current_step.reset(token)
 
-    def _take_number(self) -> int:
-        number = next(self._numbers)
-        self._next = number + 1
-        return number
+    def _take_number(self) -> str:
+        # What a step does of its own has numbers of its own: they are not taken again once it is journalled itself.
+        outer = _current_step.get()
+        taken = self._taken[outer] = self._taken.get(outer, 0) + 1
+        return f"{outer}.{taken}" if outer else str(taken)
 
-    def _lookup(self, number: int, key: str) -> bytes | None:
+    async def _keep(self, number: str, key: str, value: bytes, events: typing.Sequence[bytes] = ()) -> None:
+        await self._write(key, value, events)
+        self._recorded[number] = key
+        self._claim.journal[key] = value
+
+    def _lookup(self, number: str, key: str) -> bytes | None:
         recorded = self._recorded.get(number)
         if recorded is None:
             return None
@@ -297,6 +302,16 @@ def _event_models() -> dict[str, Any]:
 
 def _custom(name: str, value: Any) -> bytes:
     return event_json("CUSTOM", {"name": name, "value": value})
+
+
+def _adapter_of(kind: Any, what: str) -> pydantic.TypeAdapter[Any]:
+    try:
+        return _adapter(kind)
+    except pydantic.PydanticUserError as error:
+        raise StepFailed(
+            f"{what} cannot be kept as JSON: {str(error).splitlines()[0]}",
+            hint="annotate it with a plain type, a dataclass or a pydantic model",
+        ) from None
 
 
 def _return_type(function: Callable[..., Any]) -> Any:

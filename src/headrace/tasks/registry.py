@@ -12,7 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ import msgspec
 import pydantic
 
 from headrace.errors import ConfigError, InvalidInput, LoadError
-from headrace.metrics import LANES
+from headrace.metrics import LANES, Row
 from headrace.tasks.store import AgentSpec
 
 Function = Callable[..., Awaitable[Any]]
@@ -30,7 +30,7 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
 @dataclass(frozen=True)
 class Agent:
-    """A registered function and how it is to be run."""
+    """A registered function and how it is to be run; ``declare`` makes the series that it will count."""
 
     name: str
     function: Function
@@ -41,6 +41,7 @@ class Agent:
     _parameters: list[inspect.Parameter] = field(default_factory=list, repr=False)
     _reader: pydantic.TypeAdapter[Any] | None = field(default=None, repr=False)
     _writer: pydantic.TypeAdapter[Any] = field(default_factory=lambda: pydantic.TypeAdapter(Any), repr=False)
+    declare: Callable[[Row], None] | None = None
 
     def spec(self) -> AgentSpec:
         """What gateways need to check an input before it is accepted."""
@@ -92,6 +93,7 @@ def agent(
     retry_on: type[Exception] | tuple[type[Exception], ...] = Exception,
     timeout_s: float | None = None,
     priority: str = "default",
+    declare: Callable[[Row], None] | None = None,
 ) -> Any:
     """Make an async function an agent: ``@agent`` or ``@agent(retries=2)``. The function itself is given back.
 
@@ -102,6 +104,7 @@ def agent(
         retries: how often it is run again after one of the exceptions ``retry_on``; finished steps are not.
         timeout_s: deadline of its tasks, unless a request names another.
         priority: lane of its tasks, unless a request names another: interactive, default or batch.
+        declare: makes the series of metrics that the agent will count, so that they are there at 0.
 
     Raises:
         ConfigError: the function cannot be one, or its name is taken by another.
@@ -109,6 +112,7 @@ def agent(
 
     def register(function: Function) -> Function:
         made = make(function, name=name, retries=retries, retry_on=retry_on, timeout_s=timeout_s, priority=priority)
+        made = replace(made, declare=declare)
         known = _agents.get(made.name)
         if known is not None and (known.function.__module__, known.function.__qualname__) != (
             function.__module__,

@@ -193,7 +193,7 @@ def _run_answer(task: Task, request_id: str | None) -> JSONResponse:
         return JSONResponse(describe(task), 202)
     problem = from_json(task.error or b'{"code":"cancelled","message":"it was cancelled"}')
     status = 409 if task.state == "cancelled" else _STATUS.get(problem["code"], 500)
-    error = {"code": problem["code"], "message": problem["message"], "retryable": False, "request_id": request_id}
+    error = {**problem, "retryable": False, "request_id": request_id}
     return JSONResponse({"error": error, "task_id": task.id}, status)
 
 

@@ -107,7 +107,7 @@ class Run:
                     await self._message.renew()
                     self._renewed = began
         except (RedisError, TimeoutError) as error:
-            _log.warning("cannot renew the lease of task %s: %s", self.claim.id, error or type(error).__name__)
+            _log.warning("cannot renew the lease of task %s: %s", self.claim.id, _reason(error))
 
     async def execute(self) -> Outcome:
         """Run the code and write what it ends with. ``status`` is set if this run brought the task to its end."""
@@ -200,13 +200,16 @@ class Run:
 
     async def _fail(self, error: BaseException | None) -> Outcome:
         if isinstance(error, HeadraceError):
-            return await self._finish_with_error(error.code, error.message, "error")
+            more = {"field": error.field, "hint": error.hint}
+            told = {key: value for key, value in more.items() if value}
+            return await self._finish_with_error(error.code, error.message, "error", **told)
         _log.error("task %s failed", self.claim.id, exc_info=error)
         return await self._finish_with_error("agent_error", f"{type(error).__name__}: {error}", "error")
 
-    async def _finish_with_error(self, code: str, message: str, status: str) -> Outcome:
-        text = log.redact(message)[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace").decode()
-        return await self._finish("fail", error_json(code, text), error_event(code, text), status)
+    async def _finish_with_error(self, code: str, message: str, status: str, **more: str) -> Outcome:
+        text = _shown(message)
+        problem = error_json(code, text, **{key: _shown(value) for key, value in more.items()})
+        return await self._finish("fail", problem, error_event(code, text), status)
 
     async def _finish(self, what: str, argument: bytes, event: bytes, status: str) -> Outcome:
         await self._write(Change("", what=what, argument=argument, events=[event]))
@@ -220,8 +223,6 @@ class Run:
 
     async def _write_for_code(self, field: str = "", value: bytes = b"", events: Sequence[bytes] = ()) -> None:
         await self._write(Change("", field, value, events=events))
-        if field:
-            self.claim.journal[field] = value
 
     async def _write(self, change: Change) -> Queued | None:
         """Write as the owner, through any outage that is shorter than the lease.
@@ -245,7 +246,7 @@ class Run:
                     self.interrupt("lost")
                     raise
                 except (RedisError, TimeoutError) as error:
-                    _log.warning("cannot write task %s: %s", self.claim.id, error or type(error).__name__)
+                    _log.warning("cannot write task %s: %s", self.claim.id, _reason(error))
                     await asyncio.sleep(_PAUSE_S)
                     continue
 
@@ -256,3 +257,12 @@ class Run:
     def age_s(self) -> float:
         """Since the task was submitted."""
         return max(0.0, wall() - self.claim.created_ms / 1000)
+
+
+def _shown(text: str) -> str:
+    """A text as clients may see it."""
+    return log.redact(text)[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace").decode()
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -124,7 +124,9 @@ class Service:
                 self._set_up(True)
             except (RedisError, TimeoutError, OSError) as error:
                 if self.is_up:
-                    _log.error("the task store does not answer: %s; tasks wait until it does", error or "no answer")
+                    _log.error(
+                        "the task store does not answer: %s; tasks wait until it does", str(error) or "no answer"
+                    )
                 self._set_up(False)
                 await self._revive()
             except Exception:

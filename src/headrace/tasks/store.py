@@ -487,8 +487,9 @@ def _problem(code: str, message: str) -> tuple[bytes, bytes]:
     return error_json(code, message), error_event(code, message)
 
 
-def error_json(code: str, message: str) -> bytes:
-    return to_json({"code": code, "message": message})
+def error_json(code: str, message: str, **more: str) -> bytes:
+    """What a task failed with; ``more`` is the field and the hint of an error that has them."""
+    return to_json({"code": code, "message": message, **more})
 
 
 def error_event(code: str, message: str) -> bytes:

@@ -36,6 +36,10 @@ class AgentMetrics:
         self.active = row.gauge(metrics.AGENT_ACTIVE)
         self.lease_losses = row.counter(metrics.LEASE_LOSSES)
         self.know([*agents, "other"])
+        for status in metrics.STATUSES:
+            row.counter(metrics.LLM_CALLS, provider="other", model="other", status=status)
+            row.counter(metrics.TOOL_CALLS, tool_name="other", status=status)
+        row.histogram(metrics.LLM_DURATION, model="other")
 
     def know(self, agents: Iterable[str]) -> None:
         """Make the series of these agents."""
@@ -95,6 +99,9 @@ class TaskWorker:
         self._max_value_bytes = max_value_bytes
         self._row = row
         self._metrics = AgentMetrics(row, agents)
+        for agent in agents.values():
+            if agent.declare is not None:
+                agent.declare(row)
         self._runs: set[Run] = set()
         half = max(1, concurrency // 2)
         self._places = {lane: concurrency if lane == "default" else half for lane in LANES}

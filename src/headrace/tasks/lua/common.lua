@@ -18,7 +18,7 @@
 --        idem                  its key of idempotency, empty without one
 --        seq, final            number of the newest event; stream id of the final one
 --        last                  the newest write, so that one whose reply was lost is not done twice
---   2  {hr}:journal:T     hash    "n:name" -> JSON value of step n
+--   2  {hr}:journal:T     hash    "n:name" -> JSON value of step n (n.m within the body of step n)
 --   3  {hr}:events:T      stream  e: JSON of an AG-UI event; n: its number, from 1
 --   4  {hr}:open          zset    tasks that are not at their end, by deadline
 --   5  {hr}:all           zset    all tasks, by time of creation; the rows of old ones may have gone
