@@ -64,7 +64,7 @@ def catalogue() -> str:
         "there at 0 from the start. `status` is one of success, error, timeout, rejected, cancelled; a client's own mistake",
         "(4xx) counts as rejected, since it says nothing about the service.",
         "",
-        "This page is made by `docs/generate.py` from the catalogue in `src/headrace/metrics.py`.",
+        "This page is made by `docs/generate.py` from the catalogue in `src/headrace/metrics/catalogue.py`.",
         "",
         "| name | kind | labels | what it is | buckets |",
         "|---|---|---|---|---|",

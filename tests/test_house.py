@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "headrace"
 LAYERS = [
     {"errors", "clock", "log", "config", "version"},
     {"core", "metrics", "stats"},
-    {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "web", "http_client"},
+    {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "machine", "web", "http_client"},
     {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents"},
     {"", "cli", "task_cli", "up", "front", "demo", "define", "asgi", "library", "testing", "__main__"},
 ]
@@ -40,6 +40,8 @@ HOMES = {
     "redis": {"tasks"},
     "docket": {"tasks"},
     "ag_ui": {"tasks"},
+    "psutil": {"machine"},
+    "pynvml": {"machine"},
     "pydantic_ai": {"agents"},
     "click": {"cli", "task_cli"},
     "httptools": {"loadgen"},

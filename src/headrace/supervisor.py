@@ -107,6 +107,11 @@ class Supervisor:
         process = self._children[slot].process
         return process.pid if process is not None and process.returncode is None else 0
 
+    def pids(self) -> dict[str, int]:
+        """The living processes by slot, this one among them."""
+        living = {slot: pid for slot in self._children if (pid := self.pid(slot))}
+        return {**living, "supervisor": os.getpid()}
+
     def restarts(self, slot: str) -> int:
         return self._children[slot].restarts
 

@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace import metrics
+from headrace.metrics import rows
 
 
 def test_increments_are_exact_across_threads() -> None:
@@ -88,7 +90,7 @@ def test_the_exposition_is_what_prometheus_reads() -> None:
 
 
 def test_a_full_row_folds_into_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_CELLS", 8)
+    monkeypatch.setattr(rows, "_CELLS", 8)
     row = metrics.Row()
     for name in "abcdefghij":
         row.counter(metrics.ITEMS, model=name).inc()
@@ -112,3 +114,41 @@ def test_the_catalogue_keeps_its_rules() -> None:
         assert (metric.kind == "histogram") == bool(metric.buckets), metric.name
         assert list(metric.buckets) == sorted(metric.buckets)
         assert metric.help.endswith("."), metric.name
+
+
+def test_the_last_one_in_each_bucket_is_told_to_those_who_ask_for_openmetrics(tmp_path: Path) -> None:
+    for slot, ident in (("a", "request-1"), ("b", "request-2")):
+        row = metrics.Row(tmp_path / slot)
+        histogram = row.histogram(metrics.REQUEST_DURATION, model="m", endpoint="predict")
+        histogram.observe(0.02, ident)
+        histogram.observe(7.0, "x" * 41)  # longer than what is kept
+        row.counter(metrics.ITEMS, model="m").inc()
+    reader = metrics.Reader(tmp_path)
+    text, kind = reader.answer("application/openmetrics-text;version=1.0.0;q=0.6,text/plain;q=0.5")
+    assert kind == metrics.OPENMETRICS_TYPE
+    families = {family.name: family for family in openmetrics.text_string_to_metric_families(text.decode())}
+    assert families["headrace_items"].type == "counter"
+    examples = {
+        sample.labels["le"]: sample.exemplar
+        for sample in families["headrace_request_duration_seconds"].samples
+        if sample.exemplar
+    }
+    assert set(examples) == {"0.025"}
+    assert examples["0.025"].labels == {"request_id": "request-2"}
+    assert examples["0.025"].value == 0.02
+    assert float(examples["0.025"].timestamp) > 0
+    plain, kind = reader.answer("text/plain")
+    assert kind == metrics.CONTENT_TYPE
+    assert b"request-2" not in plain
+    assert b'le="30.0"' in plain
+
+
+def test_names_beyond_a_bound_are_counted_as_other_and_cost_no_memory() -> None:
+    row = metrics.Row()
+    for number in range(5000):
+        row.counter(metrics.TOOL_CALLS, tool_name=f"tool {number}", status="success").inc()
+    values = metrics.Reader(rows=[row]).values()
+    names = {labels for name, labels in values if name == "tool_calls_total"}
+    assert len(names) == 2001
+    assert values["tool_calls_total", ("other", "success")] == [3000]
+    assert len(row._handles) == 2001

@@ -42,8 +42,9 @@ def admin_app(
         return {"status": "live"}
 
     @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(reader.exposition(), headers={"content-type": metrics.CONTENT_TYPE})
+    async def prometheus(request: Request) -> Response:
+        content, kind = reader.answer(request.headers.get("accept", ""))
+        return Response(content, headers={"content-type": kind})
 
     @app.get("/admin/workers")
     async def workers() -> dict[str, Any]:

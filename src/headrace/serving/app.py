@@ -519,7 +519,7 @@ class _FrontMetrics:
         self._requests[model, call.endpoint, kind].inc()
         if call.received:
             seconds = perf_counter() - call.received
-            self._durations[model, call.endpoint].observe(seconds)
+            self._durations[model, call.endpoint].observe(seconds, call.id)
             if status == Overloaded.status:
                 self._refusal_durations[model].observe(seconds)
         if kind in ("rejected", "timeout", "cancelled"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -49,8 +49,9 @@ def make_app(router: Router, reader: metrics.Reader, parts: Sequence[Any] = ()) 
     _add_inference(app, router)
 
     @app.get("/metrics", tags=["watch"], summary="Metrics of all processes, in the Prometheus text format")
-    async def prometheus() -> Response:
-        return Response(reader.exposition(), headers={"content-type": metrics.CONTENT_TYPE})
+    async def prometheus(request: Request) -> Response:
+        content, kind = reader.answer(request.headers.get("accept", ""))
+        return Response(content, headers={"content-type": kind})
 
     @app.get("/v1/models", tags=["openai"], summary="The models of this server")
     async def models() -> dict[str, Any]:

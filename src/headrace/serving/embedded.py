@@ -23,6 +23,7 @@ from typing import Any
 from headrace import metrics
 from headrace.config import Config
 from headrace.errors import ConfigError
+from headrace.machine import watch_loop, watch_processes
 from headrace.rundir import RunDir
 from headrace.serving.app import FrontEnd
 from headrace.serving.router import Router
@@ -53,6 +54,7 @@ class EmbeddedFrontEnd:
         self._front: FrontEnd | None = None
         self._run_dir: RunDir | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -84,6 +86,8 @@ class EmbeddedFrontEnd:
             front = FrontEnd(self._config, router, row, metrics.Reader(self._run_dir.metrics))
             _log.debug("this process is %s", slot)
             self._keeper = asyncio.ensure_future(_keep_pool(self._run_dir, self._config))
+            watched = (watch_loop(row, slot), watch_processes(row, lambda: {slot: os.getpid()}))
+            self._watching = [asyncio.ensure_future(each) for each in watched]
             await front.start()
             self._front = front
 
@@ -91,7 +95,8 @@ class EmbeddedFrontEnd:
         """Leave. The workers end when the last process has left."""
         if self._front is None or self._keeper is None or self._run_dir is None:
             return
-        self._keeper.cancel()
+        for each in (self._keeper, *self._watching):
+            each.cancel()
         await self._front.stop()
         self._run_dir.leave()
         self._front = self._keeper = None

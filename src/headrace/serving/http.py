@@ -14,6 +14,7 @@ import uvicorn
 from headrace import metrics
 from headrace.child import Child
 from headrace.core import Beat, Hello
+from headrace.machine import watch_loop
 from headrace.serving.app import FrontEnd, Part
 from headrace.serving.protocol import PatientProtocol
 from headrace.serving.router import Router
@@ -78,6 +79,7 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, app: FrontEnd,
 
     child.watch(drain)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    watching = asyncio.ensure_future(watch_loop(child.row, child.slot))
     # It is ready when it listens and is connected to a worker of every model. Neither side offers an event to await.
     while not (server.started and app.ready) and not serving.done():  # noqa: ASYNC110
         await asyncio.sleep(0.02)
@@ -88,6 +90,7 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, app: FrontEnd,
         # From the loop that does the work: a beat from a thread would only prove that the thread is well.
         child.tell(Beat(step := step + 1))
         await asyncio.wait({serving}, timeout=BEAT_S)
+    watching.cancel()
     await serving
 
 

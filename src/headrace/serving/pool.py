@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from headrace import log, metrics
+from headrace.machine import watch_gpus, watch_processes
 from headrace.rundir import RunDir
 from headrace.serving.fleet import Fleet
 from headrace.supervisor import Supervisor
@@ -44,11 +45,14 @@ async def _run(run_dir: RunDir) -> int:
     supervisor = Supervisor(run_dir, lambda: fleet.count())
     fleet = Fleet(config, run_dir, supervisor, row)
     fleet.start()
+    watching = [asyncio.ensure_future(each) for each in (watch_processes(row, supervisor.pids), watch_gpus(row))]
     users = os.open(run_dir.path / "users", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     while not _is_last(users):
         run_dir.clear_vacant_slots()
         await asyncio.sleep(LOOK_S)
     _log.info("the last process of the application has gone: ending")
+    for each in watching:
+        each.cancel()
     await supervisor.stop_all(config.shutdown_grace_s)
     supervisor.close()
     # Under the exclusive lock on `users`: who comes now waits until the directory is gone, and makes a new one.

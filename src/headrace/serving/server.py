@@ -25,6 +25,7 @@ import msgspec
 from headrace import metrics
 from headrace.config import Config
 from headrace.errors import ConfigError, HeadraceError
+from headrace.machine import watch_gpus, watch_loop, watch_processes
 from headrace.rundir import RunDir
 from headrace.serving.fleet import Fleet
 from headrace.serving.names import http_slot
@@ -127,6 +128,9 @@ class _Server:
 
     async def run(self, on_ready: Callable[[str, str], None]) -> int:
         self._catch_signals()
+        self._in_background(watch_processes(self._row, self._supervisor.pids))
+        self._in_background(watch_gpus(self._row))
+        self._in_background(watch_loop(self._row, "supervisor"))
         self._fleet.start()
         for spec in (*self._front_ends.values(), *self._others.values()):
             self._supervisor.start(spec)

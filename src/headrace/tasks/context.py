@@ -1,8 +1,8 @@
 """What an agent's code holds of its task: steps that are not repeated, events, questions, sleep.
 
 Every step has a number, taken in the order of the calls, and a name; within the body of step 3 they are 3.1, 3.2 and so
-on. What it gave is in the journal before anybody hears of it; an attempt after a crash takes it from there. Knows the store only through the one write that its owner
-allows it.
+on. What it gave is in the journal before anybody hears of it; an attempt after a crash takes it from there. Knows the
+store only through the one write that its owner allows it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Knows nothing of HTTP, of agents or of who runs what; `lua/common.lua` has the d
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.resources
 import uuid
@@ -25,6 +26,9 @@ CONTROL = "{hr}:control"
 _AGENTS = "{hr}:agents"
 _SCRIPTS = ("submit", "claim", "write", "end", "retry", "answer")
 _PAGE = 500
+_MOST_AT_ONCE = 64
+# Of the server that has the rows: those of a Cluster have a clock each.
+_TIME = "return redis.call('TIME')"
 
 to_json = msgspec.json.encode
 from_json = msgspec.json.decode
@@ -139,6 +143,7 @@ class Claim:
 class Ended:
     """A task that came to its end by what was just done: to be counted, once."""
 
+    id: str
     agent: str
     created_ms: int
     status: str
@@ -188,7 +193,7 @@ class Store:
     async def open(self) -> None:
         """Take the connection's client, which it shares."""
         async with self._connection.client() as client:
-            self._client = client
+            self._client = _Turns(client)
 
     async def ping(self) -> None:
         """Raises `RedisError`."""
@@ -245,7 +250,7 @@ class Store:
         if reply[0] == b"stop":
             return None
         if reply[0] == b"ended":
-            return Ended(_text(reply[2]), int(reply[3]), _text(reply[1]))
+            return Ended(ident, _text(reply[2]), int(reply[3]), _text(reply[1]))
         row = _pairs(reply[1])
         return Claim(
             id=ident,
@@ -304,7 +309,7 @@ class Store:
             "end", ident, ident, state, *_problem(code, message), self._ttl_ms, "late" if late_only else "", CONTROL
         )
         if reply[0] == b"done":
-            return Ended(_text(reply[1]), int(reply[2]), "cancelled" if state == "cancelled" else "timeout")
+            return Ended(ident, _text(reply[1]), int(reply[2]), "cancelled" if state == "cancelled" else "timeout")
         if reply[0] == b"missing":
             raise _unknown(ident)
         return _text(reply[1])
@@ -425,7 +430,7 @@ class Store:
 
     async def now_ms(self) -> int:
         """The store's clock: all times in it are by this one."""
-        seconds, microseconds = await self._client.time()
+        seconds, microseconds = await self._client.eval(_TIME, 1, "{hr}:done")
         return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def _run(self, name: str, ident: str, *arguments: Any, key: str | None = None) -> list[Any]:
@@ -453,7 +458,8 @@ class Store:
             pipeline.hgetall(_task_key(ident))
             pipeline.hlen(f"{{hr}}:journal:{ident}")
             pipeline.pttl(_task_key(ident))
-        replies = await pipeline.execute() if idents else []
+        async with self._client.turn:
+            replies = await pipeline.execute() if idents else []
         for at in range(0, len(replies), 3):
             yield {_text(name): value for name, value in replies[at].items()}, replies[at + 1], replies[at + 2]
 
@@ -480,6 +486,25 @@ class Store:
 
     def _full(self, open_: int) -> Overloaded:
         return Overloaded(f"{open_} tasks are not finished and {self._max_tasks} may be")
+
+
+class _Turns:
+    """A client with so many commands on their way at most; others wait. Each takes a connection, of which redis-py has
+    100 and refuses what is beyond them."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.turn = asyncio.Semaphore(_MOST_AT_ONCE)
+        self.pipeline = client.pipeline
+
+    def __getattr__(self, command: str) -> Any:
+        send = getattr(self._client, command)
+
+        async def in_turn(*arguments: Any, **options: Any) -> Any:
+            async with self.turn:
+                return await send(*arguments, **options)
+
+        return in_turn
 
 
 def _problem(code: str, message: str) -> tuple[bytes, bytes]:

@@ -57,7 +57,7 @@ class AgentMetrics:
         """Count a task at its end. Whoever brings it there does so, and there is one end."""
         self._row.counter(metrics.AGENT_REQUESTS, status=ended.status, model=ended.agent).inc()
         age_s = max(0.0, wall() - ended.created_ms / 1000)
-        self._row.histogram(metrics.AGENT_DURATION, model=ended.agent).observe(age_s)
+        self._row.histogram(metrics.AGENT_DURATION, model=ended.agent).observe(age_s, ended.id)
         if tokens:
             self._row.histogram(metrics.AGENT_TOKENS, model=ended.agent).observe(tokens)
 
@@ -177,7 +177,7 @@ class TaskWorker:
             self._metrics.lease_losses.inc()
             _log.warning("this worker has let go of task %s: its lease ran out, or another worker has it", claim.id)
         if run.status:
-            self._metrics.ended(Ended(claim.agent, claim.created_ms, run.status), run.tokens)
+            self._metrics.ended(Ended(claim.id, claim.agent, claim.created_ms, run.status), run.tokens)
         if run.queued:
             await self._queue(run.queued)
         return outcome

@@ -11,6 +11,7 @@ import traceback
 from headrace.child import Child
 from headrace.core import Beat, Hello
 from headrace.errors import HeadraceError
+from headrace.machine import watch_loop
 from headrace.tasks.delivery import RedisError
 from headrace.tasks.registry import Agent, load_app
 from headrace.tasks.service import Service
@@ -67,12 +68,14 @@ async def _work(child: Child, agents: dict[str, Agent]) -> int:
             row=child.row,
         )
         child.tell(Hello())
+        watching = asyncio.ensure_future(watch_loop(child.row, child.slot))
         working = asyncio.ensure_future(worker.run(stop, grace_s - min(_HAND_OVER_S, grace_s / 4)))
         step = 0
         while not working.done():
             # From the loop that runs the agents: one that is blocked is silent, and is ended after a while.
             child.tell(Beat(step := step + 1))
             await asyncio.wait({working}, timeout=BEAT_S)
+        watching.cancel()
         await working
     return 0
 
