@@ -21,10 +21,10 @@ LAYERS = [
     {"errors", "clock", "log", "config", "version"},
     {"core", "metrics", "stats"},
     {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "machine", "web", "http_client"},
-    {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents"},
-    {"", "cli", "task_cli", "up", "front", "demo", "define", "asgi", "library", "testing", "__main__"},
+    {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking"},
+    {"", "cli", "task_cli", "up", "front", "demo", "define", "asgi", "library", "testing", "doctor", "__main__"},
 ]
-PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents"}
+PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking"}
 TORCH_ALLOWED = {"runners"}
 # One home per heavy dependency.
 HOMES = {
@@ -40,7 +40,7 @@ HOMES = {
     "redis": {"tasks"},
     "docket": {"tasks"},
     "ag_ui": {"tasks"},
-    "psutil": {"machine"},
+    "psutil": {"machine", "tracking"},
     "pynvml": {"machine"},
     "pydantic_ai": {"agents"},
     "click": {"cli", "task_cli"},

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     )
     from headrace.library import App, serve
     from headrace.tasks_client import AsyncTasks, Task, TaskEvent, Tasks
+    from headrace.tracking.export import MetricsMiddleware, metrics_app, start_metrics_server
+    from headrace.tracking.track import track_llm_call, track_request, track_tool
     from headrace.version import __version__
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "HeadraceError",
     "InvalidInput",
     "LoadError",
+    "MetricsMiddleware",
     "Overloaded",
     "Prediction",
     "RunnerError",
@@ -50,7 +53,12 @@ __all__ = [
     "Unavailable",
     "__version__",
     "agent",
+    "metrics_app",
     "serve",
+    "start_metrics_server",
+    "track_llm_call",
+    "track_request",
+    "track_tool",
 ]
 
 _HOMES = {
@@ -59,13 +67,19 @@ _HOMES = {
     "AsyncTasks": "tasks_client",
     "Client": "client",
     "DynamicBatcher": "dynamic",
+    "MetricsMiddleware": "tracking.export",
     "Prediction": "client",
     "Task": "tasks_client",
     "TaskEvent": "tasks_client",
     "Tasks": "tasks_client",
     "__version__": "version",
     "agent": "define",
+    "metrics_app": "tracking.export",
     "serve": "library",
+    "start_metrics_server": "tracking.export",
+    "track_llm_call": "tracking.track",
+    "track_request": "tracking.track",
+    "track_tool": "tracking.track",
 }
 
 

@@ -22,6 +22,7 @@ from headrace.config import Config
 from headrace.core import Drain, Frame
 from headrace.ipc import ChannelClosed, SocketChannel
 from headrace.metrics import Row
+from headrace.metrics.current import adopt
 from headrace.rundir import RunDir
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Child:
         self.config: Config = self.run_dir.config()
         log.set_up(self.slot, level=self.config.log_level, style=self.config.log_format)
         self.row = Row(self.run_dir.metrics_file(self.slot))
+        adopt(self.row, self.run_dir.metrics)
 
     def watch(self, on_drain: Callable[[float], None]) -> None:
         """Listen to the supervisor from a thread: call back on `Drain`, end the process when it is gone."""

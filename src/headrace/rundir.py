@@ -48,7 +48,7 @@ class RunDir:
     @classmethod
     def create(cls, config: Config) -> RunDir:
         """Make a new one, holding its lock for the life of this process, and sweep those whose server was killed."""
-        parent = _parent()
+        parent = runtime_folder()
         _sweep(parent)
         # Until it is whole and locked it has a name that no other server's sweep looks at.
         directory = cls(Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent)))
@@ -68,7 +68,7 @@ class RunDir:
         This process counts as one of its users until `leave`, or its end.
         """
         key = msgspec.json.encode((config, os.getcwd(), os.getuid()))
-        parent = _parent()
+        parent = runtime_folder()
         directory = cls(parent / f"{_PREFIX}app-{hashlib.sha256(key).hexdigest()[:12]}")
         while True:
             directory.path.mkdir(mode=0o700, exist_ok=True)
@@ -111,7 +111,7 @@ class RunDir:
         for number in itertools.count():
             path = self._slots / f"http.{number}"
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            if _try_exclusive(descriptor):
+            if try_exclusive(descriptor):
                 self._mine.append(descriptor)
                 return path.name, self.metrics_file(path.name)
             os.close(descriptor)
@@ -125,7 +125,7 @@ class RunDir:
         """Leave no stale figures of front ends that have ended without a word."""
         for path in self._slots.iterdir():
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            if _try_exclusive(descriptor):
+            if try_exclusive(descriptor):
                 if (file := self.metrics_file(path.name)).exists():
                     metrics.Row(file).close()
                 path.unlink()
@@ -196,7 +196,8 @@ class RunDir:
             self._held = None
 
 
-def _parent() -> Path:
+def runtime_folder() -> Path:
+    """Where directories of running programs lie: short enough a path for sockets, and writable."""
     parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     if len(os.fsencode(parent)) > _LONGEST_PARENT or not os.access(parent, os.W_OK | os.X_OK):
         return Path(tempfile.gettempdir())
@@ -213,13 +214,14 @@ def _write(path: Path, content: bytes) -> None:
 def _lock(path: Path) -> int | None:
     """Take the directory's lock while the descriptor given back is open; ``None`` if another process has it."""
     descriptor = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    if _try_exclusive(descriptor):
+    if try_exclusive(descriptor):
         return descriptor
     os.close(descriptor)
     return None
 
 
-def _try_exclusive(descriptor: int) -> bool:
+def try_exclusive(descriptor: int) -> bool:
+    """Lock a file for this process alone, if nobody has it locked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -79,6 +79,23 @@ async def picky(ctx: Any, number: int) -> None:
     raise hr.InvalidInput(f"{number} is odd", field="number", hint="give an even one")
 
 
+@hr.track_llm_call("tiny-model", provider="local")
+def answer_with(words: str) -> dict[str, Any]:
+    return {"text": words, "usage": {"total_tokens": 70}}
+
+
+@hr.track_tool("reverse")
+async def reverse(text: str) -> str:
+    return text[::-1]
+
+
+@hr.agent
+async def metered(ctx: Any, message: str) -> str:
+    """Counts what it does as any program may."""
+    answer = await ctx.step("ask", answer_with, message)
+    return str(await ctx.step("reverse", reverse, answer["text"]))
+
+
 class Flaky(Exception):
     pass
 

@@ -284,6 +284,14 @@ def test_every_task_is_counted_once_at_its_end(agents: Server) -> None:
         assert name in text
 
 
+def test_what_an_agent_s_code_counts_itself_is_among_the_metrics(agents: Server) -> None:
+    ident = submit(agents, "metered", message="abc")
+    assert wait_for_end(agents, ident)["result"] == "cba"
+    assert agents.metric('llm_api_calls_total{provider="local",model="tiny-model",status="success"}') == 1
+    assert agents.metric('tool_calls_total{tool_name="reverse",status="success"}') == 1
+    assert agents.metric('agent_tokens_per_request_sum{model="metered"}') == 70
+
+
 def test_pages_of_other_sites_are_refused(agents: Server) -> None:
     elsewhere = {"Origin": "http://evil.example"}
     ident = submit(agents, "shout", message="x")

@@ -21,7 +21,7 @@ def test_increments_are_exact_across_threads() -> None:
     histogram = row.histogram(metrics.QUEUE_WAIT, model="m")
 
     def work() -> None:
-        for _ in range(20_000):
+        for _ in range(100_000):
             counter.inc()
             histogram.observe(1.0)
 
@@ -31,8 +31,8 @@ def test_increments_are_exact_across_threads() -> None:
     for thread in threads:
         thread.join()
     values = metrics.Reader(rows=[row]).values()
-    assert values["headrace_items_total", ("m",)] == [160_000]
-    assert sum(values["headrace_queue_wait_seconds", ("m",)][:-1]) == 160_000
+    assert values["headrace_items_total", ("m",)] == [800_000]
+    assert sum(values["headrace_queue_wait_seconds", ("m",)][:-1]) == 800_000
 
 
 def test_slots_add_up_and_maxima_do_not(tmp_path: Path) -> None:

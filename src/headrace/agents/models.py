@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from pydantic_ai.exceptions import ModelHTTPError, ModelTimeoutError
 from pydantic_ai.messages import ModelMessage, ModelResponse, PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 from pydantic_ai.models import CompletedStreamedResponse, Model, ModelRequestParameters, StreamedResponse
 from pydantic_ai.models.function import FunctionModel
@@ -23,12 +22,12 @@ from pydantic_ai.tools import RunContext
 from headrace import log, metrics
 from headrace.agents import Context
 from headrace.clock import SYSTEM, Clock
+from headrace.metrics.current import status_of
 
 # Every event is a write to the store: what a model says is passed on in portions of so much time.
 _PORTION_S = 0.05
 # An event may not be as large as a step's value.
 LONGEST_DELTA = 10_000
-_TOO_MANY_REQUESTS = 429
 
 
 class Heard(WrapperModel):
@@ -168,15 +167,6 @@ def _streams(model: Model) -> bool:
         else type(each).request_stream is not Model.request_stream
         for each in _all(model)
     )
-
-
-def status_of(error: BaseException) -> str:
-    """How metrics call what ended a call."""
-    if isinstance(error, asyncio.CancelledError):
-        return "cancelled"
-    if isinstance(error, TimeoutError | ModelTimeoutError):
-        return "timeout"
-    return "rejected" if isinstance(error, ModelHTTPError) and error.status_code == _TOO_MANY_REQUESTS else "error"
 
 
 def hide_keys(model: Model) -> None:

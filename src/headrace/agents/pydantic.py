@@ -30,7 +30,8 @@ from pydantic_ai.toolsets import AbstractToolset, FunctionToolset, ToolsetTool, 
 
 from headrace import metrics
 from headrace.agents import Context, models
-from headrace.agents.models import LONGEST_DELTA, Heard, status_of
+from headrace.agents.models import LONGEST_DELTA, Heard
+from headrace.metrics.current import status_of
 
 _BYTES_AS_BASE64 = pydantic.ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 

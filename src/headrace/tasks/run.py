@@ -20,6 +20,7 @@ import pydantic_core
 from headrace import log, metrics
 from headrace.clock import SYSTEM, Clock, wall
 from headrace.errors import HeadraceError, LeaseLost, StepFailed, TaskConflict, ValueTooLarge
+from headrace.metrics.current import meter
 from headrace.tasks.context import Context, Suspended, event_json
 from headrace.tasks.delivery import Message, Outcome, RedisError
 from headrace.tasks.registry import Agent
@@ -138,6 +139,7 @@ class Run:
             context = self._context = Context(
                 self.claim, self._write_for_code, max_value_bytes=self._max_value_bytes, row=self._row
             )
+            meter.set(context)
             try:
                 positional, named = self._agent.arguments(self.claim.input)
                 value = await self._agent.function(context, *positional, **named)

@@ -1,0 +1,1 @@
+"""What `dashboards.py` builds from: the panels of each dashboard as plain data."""
