@@ -92,6 +92,8 @@ class Reader:
                     self._slots[path.name] = _Slot(map_file(path))
         for slot in self._slots.values():
             slot.refresh(self._place)
+        if len(self._order) < len(self._series):
+            self._order = sorted(self._series.values(), key=lambda s: (_RANK[s.metric.name], s.labels))
         total = np.zeros(self._size)
         for slot in self._slots.values():
             slot.add_to(total)
@@ -105,7 +107,6 @@ class Reader:
         if series is None:
             series = self._series[line.name, line.labels] = _Series(metric, line.labels, self._size, line.size)
             self._size += line.size
-            self._order = sorted(self._series.values(), key=lambda s: (_RANK[s.metric.name], s.labels))
         return series
 
 
