@@ -20,11 +20,26 @@ SOURCE = ROOT / "src" / "headrace"
 LAYERS = [
     {"errors", "clock", "log", "config", "version"},
     {"core", "metrics", "stats"},
-    {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "machine", "web", "http_client"},
-    {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking"},
-    {"", "cli", "task_cli", "up", "front", "demo", "define", "asgi", "library", "testing", "doctor", "__main__"},
+    {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "machine"}
+    | {"web", "http_client"},
+    {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"},
+    {
+        "",
+        "cli",
+        "task_cli",
+        "up",
+        "front",
+        "demo",
+        "define",
+        "asgi",
+        "library",
+        "testing",
+        "doctor",
+        "ops_cli",
+        "__main__",
+    },
 ]
-PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking"}
+PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"}
 TORCH_ALLOWED = {"runners"}
 # One home per heavy dependency.
 HOMES = {
@@ -43,7 +58,7 @@ HOMES = {
     "psutil": {"machine", "tracking"},
     "pynvml": {"machine"},
     "pydantic_ai": {"agents"},
-    "click": {"cli", "task_cli"},
+    "click": {"cli", "task_cli", "ops_cli"},
     "httptools": {"loadgen"},
     "httpx": {"http_client", "tasks_client"},
     "python_multipart": {"serving"},

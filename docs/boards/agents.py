@@ -122,6 +122,7 @@ QUEUE = Row(
             "Tasks that wait for a worker. batch may wait; if interactive does, add task workers or raise concurrency.",
             one(_WAITING, "{{job}} {{lane}}"),
             "stack",
+            width=6,
         ),
         Panel(
             "Oldest by lane",
@@ -129,6 +130,14 @@ QUEUE = Row(
             "How long the task that waits longest has waited. A line that rises as fast as the clock means that nobody "
             "takes tasks from that lane.",
             one(_OLDEST, "{{job}} {{lane}}"),
+            width=6,
+        ),
+        Panel(
+            "p95 by lane",
+            "s",
+            "From submission to end, by lane. HighP99Latency leaves batch out: its tasks wait until there is time.",
+            one(quantile(0.95, m.TASK_DURATION, "lane"), "{{lane}}"),
+            width=6,
         ),
         Panel(
             "Open and running",
@@ -139,6 +148,7 @@ QUEUE = Row(
                 Query(value(m.TASKS_OPEN, "job", "max"), "{{job}} open"),
                 Query(value(m.AGENT_ACTIVE), "running"),
             ],
+            width=6,
         ),
     ],
 )

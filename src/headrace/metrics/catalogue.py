@@ -122,6 +122,13 @@ TASK_QUEUE = Metric("headrace_task_queue_depth", "gauge", "Tasks that wait for a
 TASK_OLDEST = Metric(
     "headrace_task_oldest_seconds", "gauge", "How long the task that waits longest has waited.", ("lane",), merge="max"
 )
+TASK_DURATION = Metric(
+    "headrace_task_duration_seconds",
+    "histogram",
+    "The same as agent_request_duration_seconds, by lane.",
+    ("model", "lane"),
+    _AGENT_S,
+)
 TASKS_OPEN = Metric("headrace_tasks_open", "gauge", "Tasks that are not finished.", merge="max")
 TASKS_SUBMITTED = Metric("headrace_tasks_submitted_total", "counter", "Tasks accepted.", ("model",))
 TASK_ATTEMPTS = Metric("headrace_task_attempts_total", "counter", "Times that a worker took up a task.", ("model",))
@@ -195,6 +202,7 @@ CATALOGUE: tuple[Metric, ...] = (
     TOOL_CALLS,
     TASK_QUEUE,
     TASK_OLDEST,
+    TASK_DURATION,
     TASKS_OPEN,
     TASKS_SUBMITTED,
     TASK_ATTEMPTS,

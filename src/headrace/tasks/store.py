@@ -145,6 +145,7 @@ class Ended:
 
     id: str
     agent: str
+    lane: str
     created_ms: int
     status: str
 
@@ -250,7 +251,7 @@ class Store:
         if reply[0] == b"stop":
             return None
         if reply[0] == b"ended":
-            return Ended(ident, _text(reply[2]), int(reply[3]), _text(reply[1]))
+            return Ended(ident, _text(reply[2]), _text(reply[4]), int(reply[3]), _text(reply[1]))
         row = _pairs(reply[1])
         return Claim(
             id=ident,
@@ -309,7 +310,8 @@ class Store:
             "end", ident, ident, state, *_problem(code, message), self._ttl_ms, "late" if late_only else "", CONTROL
         )
         if reply[0] == b"done":
-            return Ended(ident, _text(reply[1]), int(reply[2]), "cancelled" if state == "cancelled" else "timeout")
+            status = "cancelled" if state == "cancelled" else "timeout"
+            return Ended(ident, _text(reply[1]), _text(reply[3]), int(reply[2]), status)
         if reply[0] == b"missing":
             raise _unknown(ident)
         return _text(reply[1])

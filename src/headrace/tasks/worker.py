@@ -48,6 +48,8 @@ class AgentMetrics:
                 self._row.counter(metrics.AGENT_REQUESTS, status=status, model=agent)
             self._row.histogram(metrics.AGENT_DURATION, model=agent)
             self._row.histogram(metrics.AGENT_TOKENS, model=agent)
+            for lane in LANES:
+                self._row.histogram(metrics.TASK_DURATION, model=agent, lane=lane)
             self._row.counter(metrics.TASK_ATTEMPTS, model=agent)
             self._row.counter(metrics.TASKS_SUBMITTED, model=agent)
             for status in metrics.STEP_STATUSES:
@@ -58,6 +60,7 @@ class AgentMetrics:
         self._row.counter(metrics.AGENT_REQUESTS, status=ended.status, model=ended.agent).inc()
         age_s = max(0.0, wall() - ended.created_ms / 1000)
         self._row.histogram(metrics.AGENT_DURATION, model=ended.agent).observe(age_s, ended.id)
+        self._row.histogram(metrics.TASK_DURATION, model=ended.agent, lane=ended.lane).observe(age_s)
         if tokens:
             self._row.histogram(metrics.AGENT_TOKENS, model=ended.agent).observe(tokens)
 
@@ -177,7 +180,7 @@ class TaskWorker:
             self._metrics.lease_losses.inc()
             _log.warning("this worker has let go of task %s: its lease ran out, or another worker has it", claim.id)
         if run.status:
-            self._metrics.ended(Ended(claim.id, claim.agent, claim.created_ms, run.status), run.tokens)
+            self._metrics.ended(Ended(claim.id, claim.agent, claim.lane, claim.created_ms, run.status), run.tokens)
         if run.queued:
             await self._queue(run.queued)
         return outcome
