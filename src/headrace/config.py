@@ -328,7 +328,7 @@ def given(name: str, flags: Mapping[str, Any], *, file: Path | None = None) -> A
     """The value of an option if somebody has set it anywhere, else ``None``."""
     option = next(option for option in options() if option.name == name)
     if flags.get(name) is not None:
-        return flags[name]
+        return option.read(flags[name], f"flag {option.flag}")
     if option.variable in os.environ:
         return option.read(os.environ[option.variable], f"variable {option.variable}")
     content = _read_file(file)

@@ -92,3 +92,10 @@ def test_keys_have_no_flag() -> None:
 def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     assert 1 <= config.usable_cpus() <= 3
+
+
+def test_an_option_that_was_given_is_read_as_its_type() -> None:
+    assert config.given("admin_port", {"admin_port": "-1"}) == -1
+    assert config.given("admin_port", {}) is None
+    with pytest.raises(ConfigError):
+        config.given("admin_port", {"admin_port": "none"})

@@ -89,6 +89,9 @@ class Hub:
         while True:
             try:
                 async with self._connection.pubsub() as subscription:
+                    # It cannot be listened to without a channel. And this connects it: were watchers to use it before,
+                    # each would open a connection, and what all but the last had subscribed to would never be heard.
+                    await subscription.subscribe("{hr}:nothing")
                     self._subscription = subscription
                     await self._listen(subscription)
             except (RedisError, OSError) as error:
@@ -155,8 +158,8 @@ class Hub:
                 await confirmed.wait()
 
     async def _listen(self, subscription: object) -> None:
-        # A subscription that has no channel at all cannot be listened to.
-        await subscription.subscribe("{hr}:nothing", *self._confirmed)  # type: ignore[attr-defined]
+        if self._confirmed:
+            await subscription.subscribe(*self._confirmed)  # type: ignore[attr-defined]
         while True:
             message = await subscription.get_message(timeout=30.0)  # type: ignore[attr-defined]
             if message is None:

@@ -16,6 +16,7 @@ from headrace import metrics
 from headrace.clock import wall
 from headrace.errors import TaskError
 from headrace.metrics import LANES
+from headrace.tasks.context import event_json
 from headrace.tasks.delivery import Delivery, Message, Outcome, RedisConnection, RedisError
 from headrace.tasks.registry import Agent
 from headrace.tasks.run import Run
@@ -111,6 +112,8 @@ class TaskWorker:
 
     async def run(self, stop: asyncio.Event, grace_s: float) -> None:
         """Take tasks until ``stop`` is set, wait for those that run, then hand over what is left after the grace."""
+        # The protocol's models take 60 ms to import, for which the first task of this process would wait.
+        event_json("CUSTOM", {"name": "ready", "value": None})
         async with contextlib.AsyncExitStack() as stack:
             for keep in (self._watch_leases, self._listen):
                 stack.enter_context(_background(keep()))
