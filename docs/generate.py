@@ -5,10 +5,12 @@ python docs/generate.py [--check]
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from headrace import config, metrics
+from headrace.monitoring.thresholds import Thresholds
 
 HERE = Path(__file__).parent
 
@@ -48,6 +50,23 @@ def configuration() -> str:
                 lines.append(f"| `{option.name}` | {shown} | {shape} | {option.help} |")
         lines.append("")
     lines += [
+        "## Alerts",
+        "",
+        "`headrace ops render` writes alert rules with these numbers, unless the table `[alerts]` has others. Shares are",
+        "between 0 and 1, times (`_s`) in seconds, sizes in bytes.",
+        "",
+        "```toml",
+        "[alerts]",
+        "agent_latency_s = 120.0",
+        "serving_objective = 0.999",
+        "```",
+        "",
+        "| option | default |",
+        "|---|---|",
+    ]
+    lines += [f"| `{field.name}` | `{field.default}` |" for field in dataclasses.fields(Thresholds)]
+    lines += [
+        "",
         "The flag of `max_queue` is `--max-queue`, its variable `HEADRACE_MAX_QUEUE`. `target` is given in `[models.NAME]`",
         "or as the argument of `headrace serve`.",
         "",

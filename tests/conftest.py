@@ -450,3 +450,19 @@ def wait_for_end(server: Server, ident: str, timeout_s: float = 25.0) -> dict[st
         return found if found["status"] in ended else None
 
     return dict(wait_until(look, timeout_s, f"the end of {ident}: {task_status(server, ident)}"))
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> str:
+    """The program, installed if that is allowed here; with it comes `openssl`, for tests of TLS."""
+    install = "apt-get install -y --no-install-recommends redis-server openssl"
+    programs = ("redis-server", "openssl")
+    if not all(map(shutil.which, programs)) and shutil.which("apt-get") and os.geteuid() == 0:
+        subprocess.run(f"apt-get update -qq; {install}", shell=True, capture_output=True, timeout=300, check=False)
+    if all(map(shutil.which, programs)):
+        # Not resolved: Debian's is a link to a program that looks at the name it is called by.
+        return str(shutil.which("redis-server"))
+    message = f"needs redis-server and openssl: {install}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)

@@ -18,11 +18,22 @@ SOURCE = ROOT / "src" / "headrace"
 
 # From the ground up; a module may import from its own layer (but see PARTS) and from those below.
 LAYERS = [
-    {"errors", "clock", "log", "config", "version"},
-    {"core", "metrics", "stats"},
+    {"errors", "clock", "log", "cgroups", "config", "version"},
+    {"core", "metrics", "stats", "artifact"},
     {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "machine"}
     | {"web", "http_client"},
-    {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"},
+    {
+        "serving",
+        "loadgen",
+        "dynamic",
+        "client",
+        "tasks_client",
+        "tasks",
+        "agents",
+        "tracking",
+        "monitoring",
+        "optimizing",
+    },
     {
         "",
         "cli",
@@ -40,10 +51,10 @@ LAYERS = [
     },
 ]
 PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"}
-TORCH_ALLOWED = {"runners"}
+TORCH_ALLOWED = {"runners", "optimizing"}
 # One home per heavy dependency.
 HOMES = {
-    "torch": {"runners"},
+    "torch": {"runners", "optimizing"},
     "transformers": {"runners"},
     "huggingface_hub": {"runners"},
     "tokenizers": {"runners"},
@@ -55,7 +66,7 @@ HOMES = {
     "redis": {"tasks"},
     "docket": {"tasks"},
     "ag_ui": {"tasks"},
-    "psutil": {"machine", "tracking"},
+    "psutil": {"machine", "tracking", "optimizing"},
     "pynvml": {"machine"},
     "pydantic_ai": {"agents"},
     "click": {"cli", "task_cli", "ops_cli"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 # How long a stuck child outlives its supervisor before a front end ends it.
 ORPHAN_GRACE_S = 1.0
+_MOST_DESCRIPTORS = 65_536
 
 
 class Child:
@@ -87,3 +89,12 @@ class Child:
                 with contextlib.suppress(OSError):
                     os.killpg(pid, signal.SIGKILL)
         self.run_dir.remove()
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process have as many descriptors as the system allows it; each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS, _MOST_DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)

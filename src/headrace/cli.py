@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from headrace import config, task_cli
+from headrace import config, ops_cli, task_cli
 from headrace.errors import ConfigError, HeadraceError
 from headrace.version import __version__
 
@@ -125,6 +125,7 @@ def task_worker(app: str | None, file: Path | None, **flags: Any) -> None:
 
 for _command in task_cli.COMMANDS:
     task.add_command(_command)
+main.add_command(ops_cli.ops)
 
 
 @main.command(short_help="Stop the embedded task store.")
@@ -138,6 +139,21 @@ def down(file: Path | None, **flags: Any) -> None:
 
     stopped = compose.down(config.load(flags, file=file))
     click.echo("the task store has stopped" if stopped else "no task store runs")
+
+
+@main.command(short_help="What this machine has and lacks, and what to do about it.")
+@click.option("--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@_options("server", "model", "tasks")
+def doctor(style: str, file: Path | None, **flags: Any) -> None:
+    """Look at this machine as a server with these options would use it. Nothing is changed.
+
+    Exit status: 1 if something is an error, else 0.
+    """
+    from headrace.doctor import report
+
+    found = report.examine(flags, file)
+    click.echo(report.as_json(found) if style == "json" else report.as_text(found, coloured=sys.stdout.isatty()))
+    sys.exit(report.exit_code(found))
 
 
 @main.command(short_help="Serve a model over HTTP.")
@@ -225,14 +241,18 @@ def _start(
 
     def on_ready(url: str, admin_url: str) -> None:
         lines = [f"ready: {', '.join([*settings.models, *([settings.app] if settings.app else [])]) or verb}"]
+        curl = 'curl -H "Authorization: Bearer $HEADRACE_API_KEY"' if settings.api_keys else "curl"
         if settings.models:
-            lines.append(f'  try      curl --json \'{{"input":"hello world"}}\' {url}/predict')
+            lines.append(f'  try      {curl} --json \'{{"input":"hello world"}}\' {url}/predict')
         if url and settings.app:
             lines.append(f"  agents   {url}/agents")
         if url and settings.app == "headrace.demo":
-            lines.append(f"""  index    curl --json '{{"agent":"index"}}' {url}/agent/run""")
             question = "how is a batch formed?"
-            lines.append(f"""  where    curl --json '{{"agent":"where","message":"{question}"}}' {url}/agent/run""")
+            lines += [
+                f"""  index    {curl} --json '{{"agent":"index"}}' {url}/agent/submit""",
+                f"  watch    {curl} -N {url}/agent/events/TASK_ID",
+                f"""  where    {curl} --json '{{"agent":"where","message":"{question}"}}' {url}/agent/run""",
+            ]
         if url:
             lines += [f"  API      {url}/docs", f"  health   {url}/health/ready", f"  metrics  {url}/metrics"]
         if admin_url:

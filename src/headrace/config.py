@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from headrace.cgroups import read_limits
 from headrace.errors import ConfigError
 
 ENV_PREFIX = "HEADRACE_"
@@ -198,13 +199,10 @@ class Config(ModelOptions, kw_only=True, frozen=True, forbid_unknown_fields=True
 
 
 def usable_cpus() -> int:
-    """Cores that this process may use: its affinity, and on Linux its control group's quota."""
+    """Cores that this process may use: its affinity, and on Linux its control groups' quotas."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(count, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or no quota ("max")
-        return count
+    quota = read_limits().cores
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
 def device_groups(devices: Devices) -> list[list[int]] | None:
@@ -311,7 +309,7 @@ def load(
     variables = os.environ if environment is None else environment
     known = {option.name: option for option in options()}
     content = _read_file(file)
-    _refuse_unknown(content, {*known, "models"}, "headrace.toml")
+    _refuse_unknown(content, {*known, "models", "alerts"}, "headrace.toml")
 
     values: dict[str, Any] = {}
     for name, option in known.items():
@@ -333,6 +331,18 @@ def given(name: str, flags: Mapping[str, Any], *, file: Path | None = None) -> A
         return option.read(os.environ[option.variable], f"variable {option.variable}")
     content = _read_file(file)
     return option.read(content[name], "headrace.toml") if name in content else None
+
+
+def table(name: str, file: Path | None = None) -> dict[str, Any]:
+    """A table of the file that is read elsewhere, such as ``[alerts]``; empty where there is none.
+
+    Raises:
+        ConfigError: it is no table.
+    """
+    found = _read_file(file).get(name, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name} must be a table: [{name}]", field=name)
+    return found
 
 
 def _models(

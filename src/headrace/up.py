@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.config import Config
+from headrace.config import Config, usable_cpus
 from headrace.errors import LoadError, Unavailable
 from headrace.serving.server import serve
 from headrace.supervisor import SHORT_BACKOFF_S, Spec
@@ -74,14 +75,14 @@ def worker(config: Config, on_ready: OnReady) -> int:
 def task_workers(config: Config, url: str) -> Sequence[Spec]:
     """The task worker processes.
 
-    Agents find the API of this machine, if it has one, in ``HEADRACE_URL``, and a place for files in
-    ``HEADRACE_DATA_DIR``.
+    Agents find the API of this machine, if it has one, in ``HEADRACE_URL``, a key that opens it in
+    ``HEADRACE_API_KEY``, and a place for files in ``HEADRACE_DATA_DIR``.
     """
     return [
         Spec(
             slot=f"task.{index}",
             argv=(sys.executable, "-P", "-m", "headrace.tasks.worker_process"),
-            env={"HEADRACE_DATA_DIR": str(data_dir(config)), **({"HEADRACE_URL": url} if url else {})},
+            env=_surroundings(config, url),
             start_timeout_s=_START_TIMEOUT_S,
             step_timeout_s=max(_BLOCKED_S, 2 * config.lease_s),
             # While none is there nothing goes on, and what had begun waits for the end of its lease anyway.
@@ -89,6 +90,20 @@ def task_workers(config: Config, url: str) -> Sequence[Spec]:
         )
         for index in range(config.task_workers)
     ]
+
+
+def _surroundings(config: Config, url: str) -> dict[str, str]:
+    """Variables for agents. Where there is no API here, whoever starts the worker may name another one by them."""
+    found = {"HEADRACE_DATA_DIR": str(data_dir(config))}
+    if "OMP_NUM_THREADS" not in os.environ:  # or each worker would take all cores for what its agents compute
+        found["OMP_NUM_THREADS"] = str(max(1, usable_cpus() // config.task_workers))
+    if url:
+        found["HEADRACE_URL"] = url
+        # This worker is given the configuration with all of them anyway, and a process's environment is its user's.
+        keys = [key for key in map(str.strip, config.api_keys.split(",")) if key]
+        if keys:
+            found["HEADRACE_API_KEY"] = keys[0]
+    return found
 
 
 def down(config: Config) -> bool:

@@ -78,7 +78,7 @@ AGENTS = Family(
     "tasks",
     metrics.AGENT_REQUESTS,
     metrics.AGENT_DURATION,
-    'headrace_task_duration_seconds_bucket{lane="batch"}',
+    f'{metrics.TASK_DURATION.name}_bucket{{lane="batch"}}',
 )
 # What is refused at the door is answered within milliseconds: it would hide how long the others wait.
 SERVING = Family(

@@ -18,7 +18,8 @@ GIB = 2**30
 def cases(t: Thresholds) -> dict[str, list[Scenario]]:
     """By group of rules."""
     return {
-        "processes": [*_targets(t), *_workers(t), *_restarts(t), *_memory(t), *_cards(t)],
+        "targets": [*_targets(t)],
+        "processes": [*_workers(t), *_restarts(t), *_memory(t), *_cards(t)],
         "tasks": [*_store(t), *_progress(t), *_leases(t)],
         "slo": [*_budgets(t)],
     }
@@ -29,20 +30,25 @@ def _targets(t: Thresholds) -> Iterator[Scenario]:
     step_s = t.target_down_for_s / 4
     down = Firing("TargetDown", {"instance": "b:8000"})
 
-    script = Script(seconds, step_s)
+    def play() -> Script:
+        script = Script(seconds, step_s)
+        script.put("up", script.hold(1))
+        return script
+
+    script = play()
     script.put("up", "1+0x3 0+0x12", "b:8000")
     yield fires("a server is gone", script, down, not_yet_s=1.5 * t.target_down_for_s)
 
-    script = Script(seconds, step_s)
+    script = play()
     script.put("up", "1+0x11 0+0x0 1+0x3", "b:8000")
     yield Scenario("one scrape fails", script, [Check(12 * step_s), Check(script.end_s)])
 
-    script = Script(seconds, step_s)
+    script = play()
     script.put("up", "1+0x3 0+0x1 1+0x3 0+0x1 1+0x7", "b:8000")
     yield silent("servers are restarted one after the other", script)
 
-    script = Script(seconds, step_s, silent=True)
-    script.put("something_else", script.hold(1))
+    script = Script(seconds, step_s)
+    script.put(metrics.BUILD_INFO.name, script.hold(1), version="1")
     yield fires("no server is known", script, Firing("TargetMissing", {"job": ""}))
 
 
@@ -196,7 +202,7 @@ def _budgets(t: Thresholds) -> Iterator[Scenario]:
 
     script = Script(2.5 * HOUR, _STEP_S)
     outcomes(script, AGENTS, success=f"0+0x5 2+0x{script.steps}", error=f"0+0x25 1+0x{script.steps}")
-    yield silent("one of three tasks fails in two hours", script)
+    yield silent("of three tasks in two hours one fails", script)
 
 
 def _burning(t: Thresholds, name: str, seconds: float, hours: Sequence[float]) -> Scenario:
@@ -217,7 +223,6 @@ def _burning(t: Thresholds, name: str, seconds: float, hours: Sequence[float]) -
             outcomes(script, family, model, success=t.min_requests * (1 - share), error=t.min_requests * share)
             labels = {"part": family.part, "model": model}
             for at, found in firing.items():
-                found += [Firing("HighErrorRate", labels, share)] if share > t.error_ratio else []
                 found += [
                     Firing("ErrorBudgetBurn", {**labels, "window": duration(burn.long_s)}, share)
                     for burn in burns(objective)

@@ -53,12 +53,16 @@ def outcomes(
 def durations(
     script: Script, metric: metrics.Metric, per_step: dict[float, float], instance: str = INSTANCE, **labels: str
 ) -> None:
-    """A histogram that grows by so much a step in the bucket with that upper bound."""
+    """A histogram that grows by so much a step in the bucket with that upper bound, ``inf`` for the last."""
     labels = {"model": MODEL, **({"endpoint": "predict"} if "endpoint" in metric.labels else {}), **labels}
     for bound in (*metric.buckets, math.inf):
         count = sum(each for upper, each in per_step.items() if upper <= bound)
         edge = f"{bound:g}" if bound < math.inf else "+Inf"
         script.put(f"{metric.name}_bucket", script.grow(count), instance, le=edge, **labels)
+    script.put(f"{metric.name}_count", script.grow(sum(per_step.values())), instance, **labels)
+    most = 2 * metric.buckets[-1]
+    total_s = sum(count * min(upper, most) for upper, count in per_step.items())
+    script.put(f"{metric.name}_sum", script.grow(total_s), instance, **labels)
 
 
 def _play(t: Thresholds, seconds: float) -> Script:
@@ -190,7 +194,7 @@ def _latency(t: Thresholds, family: Family) -> Iterator[Scenario]:
     script = _play(t, enough_s)
     durations(script, metric, {fast: many})
     durations(script, metric, {slow: 1 / 20}, instance="quiet:8000")
-    yield silent(f"a quiet server has one slow request while the others' {noun} are fast", script)
+    yield silent(f"{noun} are fast, but for one on a quiet server", script)
 
     script = _play(t, enough_s)
     for index in range(8):
@@ -204,7 +208,7 @@ def _latency(t: Thresholds, family: Family) -> Iterator[Scenario]:
 def _lanes(t: Thresholds) -> Iterator[Scenario]:
     many, longest = float(t.min_requests), math.inf
     fast, slow = AGENTS.durations.buckets[0], _slow_bucket(t, AGENTS)[1]
-    lanes = metrics.Metric("headrace_task_duration_seconds", "histogram", "", (), AGENTS.durations.buckets)
+    lanes = metrics.TASK_DURATION
 
     script = _play(t, 3600.0)
     durations(script, AGENTS.durations, {fast: many / 2, longest: many / 2})
@@ -223,8 +227,8 @@ def _refused_fast(t: Thresholds) -> Iterator[Scenario]:
     many = float(t.min_requests)
     fast, slow = SERVING.durations.buckets[0], _slow_bucket(t, SERVING)[1]
     script = _play(t, t.window_s + t.latency_for_s)
-    durations(script, SERVING.durations, {fast: many * 9.9, slow: many * 0.1})
-    durations(script, metrics.REFUSAL_DURATION, {fast: many * 9.0})
+    durations(script, SERVING.durations, {fast: many * 19.9, slow: many * 0.1})
+    durations(script, metrics.REFUSAL_DURATION, {fast: many * 19.0})
     yield fires("requests are slow behind many that are refused at once", script, _late(t, SERVING, 0.1))
 
 
@@ -248,7 +252,7 @@ def _llm(t: Thresholds) -> Iterator[Scenario]:
     early_s = 0.75 * t.llm_failure_for_s
     yield fires("many calls of a language model fail", script, failing(share), not_yet_s=early_s)
     script = calls(play(), success=many / 2, rejected=many / 2)
-    yield silent("half of the calls of a language model are refused for their rate", script)
+    yield fires("half of the calls of a language model are refused for their rate", script, failing(0.5))
     script = calls(calls(play(), error=many), "other", success=many)
     yield fires("one of two providers fails", script, failing(1.0))
 

@@ -20,12 +20,14 @@ class Scraping:
         alertmanagers: ``host:port`` of each Alertmanager.
         keyed: the API asks for a key; it is read from the file `KEY_FILE`.
         interval_s: between two scrapes, and between two evaluations of the rules.
+        url: where Grafana finds Prometheus.
     """
 
     targets: Sequence[str] = ("localhost:8000",)
     alertmanagers: Sequence[str] = ("localhost:9093",)
     keyed: bool = False
     interval_s: float = 15.0
+    url: str = "http://localhost:9090"
 
 
 def configuration(scraping: Scraping, job_name: str) -> dict[str, Any]:

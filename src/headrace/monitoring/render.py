@@ -1,9 +1,10 @@
-"""Writes what Prometheus and Alertmanager read: configuration, rules, and the tests of the rules.
+"""Writes what Prometheus, Alertmanager and Grafana read: configuration, rules and their tests, dashboards.
 
 prometheus.yml      what is scraped
 rules/GROUP.yml     alerts, and what they compute beforehand
 tests/GROUP.yml     for `promtool test rules tests/*.yml`
 alertmanager.yml    who is told
+grafana/            dashboards, and what makes Grafana find them and Prometheus
 headrace.key        the key of the API, where it asks for one; for its owner's eyes only
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 from headrace.monitoring import alertmanager, cases_fleet, cases_requests, prometheus
 from headrace.monitoring.alert import Alert, Record, Rule
 from headrace.monitoring.alertmanager import Routing
+from headrace.monitoring.dashboards import dashboards, provisioning
 from headrace.monitoring.prometheus import KEY_FILE, Scraping
 from headrace.monitoring.rules import groups
 from headrace.monitoring.scenarios import Scenario, promtool_file, templates
@@ -50,12 +52,14 @@ def render(
     contents = {
         "prometheus.yml": dump(prometheus.configuration(scraping, t.job), _MADE),
         "alertmanager.yml": dump(alertmanager.configuration(routing or Routing()), _MADE),
-        **{f"rules/{name}.yml": dump(rule_file(name, rules, t), _MADE) for name, rules in groups(t).items()},
-        **{
-            f"tests/{name}.yml": dump(promtool_file(cases, t, ["../rules/*.yml"]), _MADE)
-            for name, cases in scenarios(t).items()
-        },
     }
+    grafana = provisioning(scraping.url, scraping.interval_s)
+    contents |= {f"grafana/provisioning/{name}": text for name, text in grafana.items()}
+    contents |= {f"grafana/dashboards/{name}": text for name, text in dashboards().items()}
+    cases = scenarios(t)
+    for name, rules in groups(t).items():
+        contents[f"rules/{name}.yml"] = dump(rule_file(name, rules, t), _MADE)
+        contents[f"tests/{name}.yml"] = dump(scenario_file(f"../rules/{name}.yml", rules, cases[name], t), _MADE)
     for name, text in contents.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +73,11 @@ def render(
 def rule_file(name: str, rules: Sequence[Rule], t: Thresholds) -> dict[str, Any]:
     """One group of rules as Prometheus reads it."""
     return {"groups": [{"name": f"headrace-{name}", "rules": [_rule(rule, t) for rule in rules]}]}
+
+
+def scenario_file(path: str, rules: Sequence[Rule], cases: Sequence[Scenario], t: Thresholds) -> dict[str, Any]:
+    """The tests of one group, whose rules are at ``path``."""
+    return promtool_file(path, [rule for rule in rules if isinstance(rule, Alert)], cases, t)
 
 
 def scenarios(t: Thresholds) -> Mapping[str, list[Scenario]]:

@@ -47,9 +47,8 @@ def groups(t: Thresholds) -> dict[str, list[Rule]]:
             queue_backlog(t),
             requests_shed(t),
         ],
+        "targets": [target_down(t), target_missing(t)],
         "processes": [
-            target_down(t),
-            target_missing(t),
             worker_down(t),
             no_worker_ready(t),
             restart_loop(t),
@@ -75,7 +74,7 @@ def high_error_rate(t: Thresholds, family: Family) -> Alert:
         t.error_for_s,
         "critical",
         f"{{value}} of the {family.noun} of {{model}} fail",
-        f"More than {100 * t.error_ratio:g}% of them ended in an error or a timeout over {window}. The log names the first.",
+        f"More than {100 * t.error_ratio:g}% of them ended in an error or a timeout over {window}. The log says why.",
         "percent",
         {"part": family.part},
     )
@@ -124,15 +123,17 @@ def high_p99_latency(t: Thresholds, family: Family, latency_s: float) -> Alert:
 def llm_api_failure_rate(t: Thresholds) -> Alert:
     window, name = duration(t.window_s), metrics.LLM_CALLS.name
     by = "sum by (job, provider, model)"
+    # A provider that refuses our calls fails us: unlike our own refusals, these count.
+    failed, all_ended = 'status=~"error|timeout|rejected"', 'status!="cancelled"'
     return Alert(
         "LLMAPIFailureRate",
-        f"{by} (rate({name}{{{FAILED}}}[{window}]))\n  / {by} (rate({name}{{{FINISHED}}}[{window}])) "
+        f"{by} (rate({name}{{{failed}}}[{window}]))\n  / {by} (rate({name}{{{all_ended}}}[{window}])) "
         f"> {number(t.llm_failure_ratio)}\n"
-        f"and\n{by} (increase({name}{{{FINISHED}}}[{window}])) >= {t.min_requests}",
+        f"and\n{by} (increase({name}{{{all_ended}}}[{window}])) >= {t.min_requests}",
         t.llm_failure_for_s,
         "warning",
         "{value} of the calls of {model} at {provider} fail",
-        "Errors and timeouts; refusals for their rate (429) do not count. Look at the provider's status page.",
+        "Errors, timeouts and refusals for their rate (429). Look at the provider's status page and at its limits.",
         "percent",
         {"part": "llm"},
     )
@@ -238,7 +239,13 @@ def restart_loop(t: Thresholds) -> Alert:
 
 
 def memory_growth(t: Thresholds) -> Alert:
-    """It must still grow at the end of a whole window: warming up is neither."""
+    """It must still grow at the end of a whole window: what only warms up does not."""
+    if not t.memory_window_s / 4 < t.memory_for_s < t.memory_horizon_s - t.memory_window_s:
+        raise ConfigError(
+            f"memory_for_s is {t.memory_for_s:g}: every start would look like growth, or none could be seen",
+            field="memory_for_s",
+            hint="longer than a quarter of memory_window_s, shorter than memory_horizon_s less memory_window_s",
+        )
     # Every exporter has a metric of that name; ours has the label.
     name = f'{metrics.PROCESS_MEMORY.name}{{process!=""}}'
     limit = str(t.memory_limit_bytes) if t.memory_limit_bytes else f"2 * {name}"

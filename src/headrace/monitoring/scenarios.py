@@ -1,8 +1,8 @@
 """What the alerts must do, as tests that ``promtool test rules`` runs.
 
 A scenario writes down the series that Prometheus would have scraped and says which alerts fire at which moment; all
-others must be silent then. It is made from the thresholds in force, so that it holds for whatever the configuration
-says. The scenarios themselves are in `cases_requests` and `cases_fleet`.
+others of its group must be silent then. It is made from the thresholds in force, so that it holds for whatever the
+configuration says. The scenarios themselves are in `cases_requests` and `cases_fleet`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.monitoring.alert import Alert
-from headrace.monitoring.rules import alerts
 from headrace.monitoring.thresholds import Thresholds
 from headrace.monitoring.words import duration, number, say, template
 
@@ -44,20 +43,11 @@ class Check:
 
 @dataclass
 class Script:
-    """The series of one scenario, still without their job: a sample every ``step_s`` for at least ``seconds``.
-
-    Args:
-        silent: no target at all has been scraped.
-    """
+    """The series of one scenario, still without their job: a sample every ``step_s`` for at least ``seconds``."""
 
     seconds: float
     step_s: float
-    silent: bool = False
     series: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.silent:
-            self.put("up", self.hold(1))
 
     @property
     def steps(self) -> int:
@@ -101,16 +91,18 @@ def fires(name: str, script: Script, *firing: Firing, not_yet_s: float = 0.0) ->
     return Scenario(name, script, [*early, Check(script.end_s, firing)])
 
 
-def promtool_file(scenarios: Sequence[Scenario], t: Thresholds, rule_files: Sequence[str]) -> dict[str, Any]:
+def promtool_file(
+    rule_file: str, known: Sequence[Alert], scenarios: Sequence[Scenario], t: Thresholds
+) -> dict[str, Any]:
     """A file for ``promtool test rules``.
 
     Args:
-        rule_files: patterns, as seen from the folder of the file.
+        rule_file: as seen from the folder of the file.
+        known: the alerts of that file.
     """
-    known = alerts(t)
     step_s = min(scenario.script.step_s for scenario in scenarios)
     return {
-        "rule_files": list(rule_files),
+        "rule_files": [rule_file],
         "evaluation_interval": duration(step_s),
         "tests": [
             {

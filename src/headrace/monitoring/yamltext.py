@@ -1,7 +1,7 @@
 """Plain data as YAML that people can read: enough for configuration files, and no dependency.
 
-Strings are quoted as in JSON, which YAML understands, unless they are plainly words; those of several lines become
-literal blocks. It writes only; nothing here reads YAML.
+Strings are quoted as in JSON, which YAML understands, unless they are plainly words or have such quotes themselves;
+those of several lines become literal blocks. It writes only; nothing here reads YAML.
 """
 
 from __future__ import annotations
@@ -61,5 +61,7 @@ def _is_block(text: str) -> bool:
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS_WITH_A_MEANING:
         return value
+    if isinstance(value, str) and '"' in value and value.isprintable():
+        return "'" + value.replace("'", "''") + "'"
     written = json.dumps(value, ensure_ascii=False)
     return "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in written)

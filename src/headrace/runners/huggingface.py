@@ -108,13 +108,13 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
         Unavailable: torch or transformers is not installed.
     """
     try:
-        import torch
+        import torch  # noqa: F401 - said here, by its name, when it is missing
         import transformers
     except ImportError as error:
         raise Unavailable(f"{config.target} needs {error.name}", hint="pip install 'headrace[torch]'") from None
 
     transformers.utils.logging.disable_progress_bar()
-    files = Files.read(_locate(config.target))
+    files = Files.read(locate(config.target))
     if not (files.directory / _TOKENIZER_FILE).exists():
         raise LoadError(
             f"{files.directory} has no {_TOKENIZER_FILE}",
@@ -122,19 +122,11 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
             hint="save the model's fast tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained(DIR)",
         )
     task = files.task(config.task)
-    kind = transformers.AutoModel if task == "embed" else transformers.AutoModelForSequenceClassification
-    try:
-        model = kind.from_pretrained(files.directory, trust_remote_code=False, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise LoadError(f"cannot load {config.target}: {error}", field="target") from error
-    vocabulary = model.get_input_embeddings().num_embeddings
-    max_tokens = min(files.max_tokens, config.max_batch_tokens)
-    spec = TextSpec(str(files.directory / _TOKENIZER_FILE), max_tokens, vocabulary, _token_types(model))
-    if task == "embed":
-        lower = bool(files.sentences.get("do_lower_case"))
-        spec = msgspec.structs.replace(spec, prefix=files.prefix(), lower=lower)
+    model = load_model(files, task, config.target)
+    spec = text_spec(files, model, task, min(files.max_tokens, config.max_batch_tokens))
     text.TextPreparer(spec)  # front ends make their own; what is wrong with it must be said at load
-    runner = _EncoderRunner(model.eval(), _head(task, files, model.config), _padding(task, model.config, vocabulary))
+    vocabulary = spec.vocabulary
+    runner = _EncoderRunner(model, _head(task, files, model.config), padding(task, model.config, vocabulary))
     runner.load(device)
     info = ModelInfo(
         name=config.name,
@@ -146,8 +138,31 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
         text=spec,
         width=model.config.hidden_size if task == "embed" else 0,
     )
-    ids = np.arange(max_tokens, dtype=np.int32) % max(1, vocabulary // 2)
+    ids = np.arange(spec.max_tokens, dtype=np.int32) % max(1, vocabulary // 2)
     return Loaded(runner, info, cost=text.cost, example=lambda length: ids[:length])
+
+
+def load_model(files: Files, task: str, target: str, **options: Any) -> Any:
+    """The directory's model for a task, in float32, for inference. Raises `LoadError`."""
+    import torch
+    import transformers
+
+    kind = transformers.AutoModel if task == "embed" else transformers.AutoModelForSequenceClassification
+    try:
+        model = kind.from_pretrained(files.directory, trust_remote_code=False, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot load {target}: {error}", field="target") from error
+    return model.eval()
+
+
+def text_spec(files: Files, model: Any, task: str, max_tokens: int) -> TextSpec:
+    """How texts become token ids for this model."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    spec = TextSpec(str(files.directory / _TOKENIZER_FILE), max_tokens, vocabulary, _token_types(model))
+    if task == "embed":
+        lower = bool(files.sentences.get("do_lower_case"))
+        spec = msgspec.structs.replace(spec, prefix=files.prefix(), lower=lower)
+    return spec
 
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
@@ -172,7 +187,7 @@ def _token_types(model: Any) -> int:
     return int(getattr(model.config, "type_vocab_size", 0))
 
 
-def _padding(task: str, config: Any, vocabulary: int) -> int:
+def padding(task: str, config: Any, vocabulary: int) -> int:
     """The token id to pad with.
 
     Raises:
@@ -239,12 +254,8 @@ def _head(task: str, files: Files, config: Any) -> Callable[[Any, Any], list[Any
 
     def classify(output: Any, _: Any) -> list[Any]:
         logits = output.logits.float()
-        if config.problem_type == "regression":
-            shares = logits
-        elif config.problem_type == "multi_label_classification" or logits.shape[-1] == 1:
-            shares = logits.sigmoid()  # a softmax over one label is 1 whatever the input
-        else:
-            shares = logits.softmax(-1)
+        kind = activation(config, logits.shape[-1])
+        shares = logits if kind == "none" else logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
         names = [str(config.id2label[index]) for index in range(shares.shape[-1])]
         answers = []
         for row in shares.cpu().tolist():
@@ -255,7 +266,20 @@ def _head(task: str, files: Files, config: Any) -> Callable[[Any, Any], list[Any
     return classify if task == "classify" else logits
 
 
+def activation(config: Any, classes: int) -> str:
+    """What makes scores of a classifier's logits: softmax, sigmoid, or none for a regression."""
+    if config.problem_type == "regression":
+        return "none"
+    # A softmax over one label is 1 whatever the input.
+    return "sigmoid" if config.problem_type == "multi_label_classification" or classes == 1 else "softmax"
+
+
 def _embedding_head(files: Files) -> Callable[[Any, Any], list[Any]]:
+    pooled = pooling(files)
+    return lambda output, mask: list(pooled(output, mask).cpu().numpy())
+
+
+def pooling(files: Files) -> Callable[[Any, Any], Any]:
     """Pooling as sentence-transformers' files describe it; mean and unit length where they say nothing."""
     unknown = [
         m["type"] for m in files.modules if m["type"].rpartition(".")[2] not in {"Transformer", "Pooling", "Normalize"}
@@ -269,13 +293,11 @@ def _embedding_head(files: Files) -> Callable[[Any, Any], list[Any]]:
         raise LoadError(f"cannot pool by {', '.join(modes)}", field="target", hint="serve it as a class with run()")
     pool = _POOLING[mode]
 
-    def embed(output: Any, mask: Any) -> list[Any]:
+    def embed(output: Any, mask: Any) -> Any:
         import torch
 
         vectors = pool(output.last_hidden_state.float(), mask)
-        if normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return list(vectors.cpu().numpy())
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
     return embed
 
@@ -298,7 +320,7 @@ _POOLING: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _locate(target: str) -> Path:
+def locate(target: str) -> Path:
     """A directory as it is; a hub id through the hub's cache, downloading what is missing."""
     path = Path(target).expanduser()
     if path.is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 import uvicorn
 
 from headrace import metrics
-from headrace.child import Child
+from headrace.child import Child, raise_descriptor_limit
 from headrace.core import Beat, Hello
 from headrace.machine import watch_loop
 from headrace.serving.app import FrontEnd, Part
@@ -21,7 +20,6 @@ from headrace.serving.router import Router
 
 # Descriptors kept for everything that is not a client's connection.
 _OTHER_DESCRIPTORS = 128
-_MOST_CONNECTIONS = 65_536
 BEAT_S = 0.5
 
 
@@ -59,15 +57,6 @@ def main(argv: list[str], parts: Callable[[Child], Sequence[Part]] = lambda chil
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(_serve(server, listener, app, child))
     return 0
-
-
-def raise_descriptor_limit() -> int:
-    """Let this process have as many descriptors as the system allows it; each connection takes one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard if hard != resource.RLIM_INFINITY else _MOST_CONNECTIONS, _MOST_CONNECTIONS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, app: FrontEnd, child: Child) -> None:

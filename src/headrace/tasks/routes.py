@@ -31,7 +31,7 @@ _POLL_MS = 1000
 _CLOSE = 4000
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would collect the events otherwise
 # Errors that a task ends with and that say something else than "the agent failed".
-_STATUS = {"deadline_exceeded": 504, "invalid_input": 422}
+_STATUS = {"deadline_exceeded": 504, "invalid_input": 422, "not_ready": 503}
 
 
 def add_routes(app: FastAPI, gateway: Gateway, config: Config) -> None:

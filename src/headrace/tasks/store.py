@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from headrace.errors import InvalidInput, LeaseLost, Overloaded, TaskConflict, TaskNotFound
 from headrace.metrics import LANES
@@ -199,6 +199,13 @@ class Store:
     async def ping(self) -> None:
         """Raises `RedisError`."""
         await self._client.get("{hr}:done")
+
+    async def is_in_cluster(self) -> bool:
+        """Whether the server is a node of a Cluster, as far as it says."""
+        try:
+            return bool((await self._client.info("cluster")).get("cluster_enabled"))
+        except ResponseError:  # not everybody may ask
+            return False
 
     async def submit(self, wanted: Submission) -> tuple[Queued | None, str, str]:
         """Accept a task.

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 
-from headrace.child import Child
+from headrace.child import Child, raise_descriptor_limit
 from headrace.core import Beat, Hello
 from headrace.errors import HeadraceError
 from headrace.machine import watch_loop
@@ -28,6 +28,7 @@ _HAND_OVER_S = 6.0
 def main(argv: list[str]) -> int:
     """``python -m headrace.tasks.worker_process SLOT RUN_DIR CONTROL_FD``."""
     child = Child(argv)
+    raise_descriptor_limit()  # each task holds a connection, and what its code opens
     # The supervisor says when this process may end; the terminal's and systemd's signals reach the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
