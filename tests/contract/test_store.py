@@ -1,29 +1,44 @@
-"""The rules of the store, on the real server: what an owner may write, what happens once, what is kept how long."""
+"""The rules of the store, on every kind of server: what an owner may write, what happens once, how long it is kept."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from headrace.errors import InvalidInput, LeaseLost, Overloaded, TaskConflict, TaskNotFound
+from headrace import metrics
+from headrace.config import Config
+from headrace.errors import ConfigError, InvalidInput, LeaseLost, Overloaded, TaskConflict, TaskNotFound
 from headrace.tasks import embedded
-from headrace.tasks.delivery import connection
-from headrace.tasks.store import Change, Claim, Ended, Store, Submission
+from headrace.tasks.delivery import Delivery, Message, Outcome, connection
+from headrace.tasks.service import Service
+from headrace.tasks.store import CONTROL, Change, Claim, Ended, Store, Submission, events_channel
+from stores import KINDS, started
+
+# More than redis-py has room for unless it is told.
+PLACES = 110
 
 Story = Callable[[Store], Awaitable[None]]
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+@pytest.fixture(scope="module", params=["embedded", *KINDS])
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server of a kind: its URL."""
     folder = Path(tempfile.mkdtemp(prefix="hr-store-"))
     try:
-        yield embedded.ensure(folder).url
+        if request.param == "embedded":
+            yield embedded.ensure(folder).url
+        else:
+            with started(request.param, request.getfixturevalue("redis_server"), folder) as servers:
+                yield servers.url
     finally:
         embedded.stop(folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -40,6 +55,8 @@ def tell(url: str) -> Callable[[Story], None]:
                 store = Store(opened, result_ttl_s=60.0, max_tasks=3)
                 await store.open()
                 await story(store)
+                kept = await client.keys("*")
+                assert {key.partition(b":")[0] for key in kept} <= {b"{hr}"}, "a Cluster keeps them together"
 
         asyncio.run(whole())
 
@@ -198,3 +215,166 @@ def test_what_was_left_lying_is_found(tell: Callable[[Story], None]) -> None:
         assert (await claimed(store, ident, queued.turn)).journal == {"1:ask": b"true"}
 
     tell(story)
+
+
+def test_an_answer_goes_to_the_question_that_was_asked_and_once(tell: Callable[[Story], None]) -> None:
+    async def story(store: Store) -> None:
+        ident, turn = await submitted(store)
+        claim = await claimed(store, ident, turn)
+        await store.write(claim, Change("1", what="ask", argument=b'{"field":"1:ask","prompt":"?","schema":null}'))
+        task = await store.get(ident)
+        with pytest.raises(TaskConflict):
+            await store.answer(task, "2:ask", b"true")
+        queued = await store.answer(task, "1:ask", b"true")
+        assert (await store.get(ident)).ask is None
+        with pytest.raises(TaskConflict):
+            await store.answer(task, "1:ask", b"false")
+        assert (await claimed(store, ident, queued.turn)).journal == {"1:ask": b"true"}
+
+    tell(story)
+
+
+def test_a_retry_goes_on_from_the_journal_or_anew(tell: Callable[[Story], None]) -> None:
+    async def story(store: Store) -> None:
+        ident, turn = await submitted(store)
+        claim = await claimed(store, ident, turn)
+        await store.write(claim, Change("1", "1:s", b"1"))
+        failed = Change("2", what="fail", argument=b"{}", events=[b'{"type":"RUN_ERROR"}'])
+        await store.write(claim, failed)
+        queued = await store.retry(ident, fresh=False)
+        with pytest.raises(TaskConflict):
+            await store.write(claim, failed)
+        claim = await claimed(store, ident, queued.turn)
+        assert claim.journal == {"1:s": b"1"}
+        await store.end(ident, "cancelled", "cancelled", "gone")
+        queued = await store.retry(ident, fresh=True)
+        assert (await claimed(store, ident, queued.turn)).journal == {}
+
+    tell(story)
+
+
+def test_what_happens_is_announced_with_its_number(tell: Callable[[Story], None]) -> None:
+    async def story(store: Store) -> None:
+        async with store._connection.pubsub() as subscription:
+            idents = [(await submitted(store)) for _ in range(2)]
+            await subscription.subscribe(events_channel(idents[0][0]), CONTROL)
+            for _ in range(2):
+                assert (await heard(subscription))["type"] == "subscribe"
+            await claimed(store, *idents[1])
+            await claimed(store, *idents[0])
+            await store.end(idents[0][0], "cancelled", "cancelled", "gone")
+            said = [(await heard(subscription))["data"] for _ in range(3)]
+        events = (await store.events(idents[0][0]))[1:]
+        assert said[:2] == [f"{each.id} {each.number} {each.payload.decode()}".encode() for each in events]
+        assert said[2] == idents[0][0].encode()
+
+    tell(story)
+
+
+async def heard(subscription: Any) -> Any:
+    """The next message of a subscription."""
+    async with asyncio.timeout(5):
+        while (message := await subscription.get_message(timeout=5)) is None:
+            pass
+    return message
+
+
+def test_more_may_be_asked_at_once_than_there_are_connections(tell: Callable[[Story], None]) -> None:
+    async def story(store: Store) -> None:
+        ident, _ = await submitted(store)
+        tasks = await asyncio.gather(*(store.get(ident) for _ in range(300)))
+        assert {task.id for task in tasks} == {ident}
+        assert await asyncio.gather(*(store.state_of(ident) for _ in range(300))) == [(0, "pending")] * 300
+
+    tell(story)
+
+
+def test_messages_go_to_as_many_places_as_one_asks_for_and_each_to_one(url: str) -> None:
+    # Each connection with TLS costs a good deal of time; there is nothing else to them.
+    count = 6 if url.startswith("rediss") else PLACES
+
+    async def story() -> None:
+        running: list[str] = []
+        all_run = asyncio.Event()
+
+        async def run(reference: str, message: Message) -> Outcome:
+            running.append(reference)
+            await all_run.wait()
+            await message.renew()
+            return Outcome.DONE
+
+        async with Delivery(url, lease_s=20) as delivery, contextlib.AsyncExitStack() as stack:
+            places = [
+                await stack.enter_async_context(delivery.place("default", f"p{number}", run, keeps_time=number == 0))
+                for number in range(count)
+            ]
+            sent = [f"task-{number}:1" for number in range(count)]
+            await asyncio.gather(*(delivery.add(each, "default") for each in sent))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(15):
+                    while len(running) < count:
+                        await asyncio.sleep(0.02)
+            all_run.set()
+            for place in places:
+                place.cancel()
+            await asyncio.wait(places)
+            assert sorted(running) == sorted(sent), "all at once, each once"
+
+    asyncio.run(story())
+
+
+def test_a_message_that_was_let_go_comes_again_and_a_late_one_comes_late(url: str) -> None:
+    async def story() -> None:
+        came: list[tuple[str, str, float]] = []
+
+        async def run(reference: str, message: Message) -> Outcome:
+            came.append((reference, message.id, time.time()))
+            return Outcome.LET_GO if [each[0] for each in came].count("a:1") == 1 else Outcome.DONE
+
+        async with (
+            Delivery(url, lease_s=0.5) as delivery,
+            delivery.place("batch", "p", run, keeps_time=True) as place,
+        ):
+            await delivery.add("a:1", "batch")
+            wanted_at = time.time() + 0.7
+            await delivery.add("b:1", "batch", at_ms=int(wanted_at * 1000))
+            async with asyncio.timeout(20):
+                while len(came) < 3:
+                    await asyncio.sleep(0.02)
+            place.cancel()
+            await asyncio.wait({place})
+        first, second = (each for each in came if each[0] == "a:1")
+        assert first[1] == second[1], "it is the same message"
+        assert second[2] - first[2] > 0.4, "it was another worker's for as long as the lease"
+        assert [each[2] > wanted_at for each in came if each[0] == "b:1"] == [True]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["redis://:pa/ss@host:6379", "redis+sentinel://host:26379", "redis+cluster://host:6379/1", "redis+sentinel://:1/x"],
+)
+def test_a_url_that_is_none_is_an_error_of_its_option_and_gives_no_password_away(wrong: str) -> None:
+    async def story() -> None:
+        async with Service(Config(redis_url=wrong), metrics.Row()):
+            pass
+
+    with pytest.raises(ConfigError) as refused:
+        asyncio.run(story())
+    assert refused.value.field == "redis_url"
+    assert refused.value.hint
+    assert "'pa'" not in f"{refused.value.message}{refused.value.hint}{refused.value.__cause__}"
+
+
+def test_one_node_of_a_cluster_is_not_taken_for_the_whole(url: str) -> None:
+    if "+cluster" not in url:
+        pytest.skip("it is none")
+
+    async def story() -> None:
+        async with Service(Config(redis_url=url.replace("+cluster", "")), metrics.Row()):
+            pass
+
+    with pytest.raises(ConfigError, match="one node of a Cluster") as refused:
+        asyncio.run(story())
+    assert refused.value.field == "redis_url"

@@ -20,17 +20,25 @@ import enum
 import importlib.metadata
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 from docket import CurrentExecution, CurrentWorker, Docket, Execution, Worker
 from docket import worker as docket_worker
-from docket._redis import RedisConnection
+from docket._redis import CONNECT_TIMEOUT, PUBSUB_RESP_VERSION, RedisConnection
+from docket._redis_sentinel import OwnedSentinelConnectionPool
 from docket.dependencies import AdmissionBlocked
-from redis.exceptions import RedisError, ResponseError
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio.client import PubSub
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
-from headrace.errors import Unavailable
+from headrace.errors import ConfigError, Unavailable
 from headrace.metrics import LANES
 
 _SUPPORTED = ("0.27",)
@@ -41,6 +49,9 @@ _BUSY = timedelta(milliseconds=5)
 # Messages are taken over a little early, so that a task goes on within 1.3 leases.
 _SHARE_OF_LEASE = 0.95
 _DEAD_MS = 3_600_000
+_MOST_CONNECTIONS = 10_000
+# Places and subscriptions wait for their messages as long as it takes.
+_TIMEOUTS: dict[str, Any] = {"socket_timeout": None, "socket_connect_timeout": CONNECT_TIMEOUT}
 
 
 class Outcome(enum.Enum):
@@ -76,11 +87,91 @@ class Message:
             )
 
 
+class _StoreConnection(RedisConnection):
+    """docket's, but for its ways with a Cluster, and with room for as many places as one may ask for: each holds a
+    connection while it waits, and redis-py refuses the 101st; so it does with the questions to a Sentinel."""
+
+    async def __aenter__(self) -> RedisConnection:
+        with _as_wrong_url():
+            return await super().__aenter__()
+
+    async def _connection_pool_from_url(self, *arguments: Any, **options: Any) -> ConnectionPool:
+        pool = await super()._connection_pool_from_url(*arguments, **options)
+        sentinels = pool.sentinel_clients if isinstance(pool, OwnedSentinelConnectionPool) else ()
+        for each in (pool, *(sentinel.connection_pool for sentinel in sentinels)):
+            each.max_connections = _MOST_CONNECTIONS
+        return pool
+
+    async def _create_cluster_client(self) -> RedisCluster:
+        try:
+            # Without repetition, as with any other server: a script whose reply was lost must not run again unasked.
+            once = Retry(NoBackoff(), 0)
+            client = _Cluster.from_url(
+                self._normalized_url(), retry=once, max_connections=_MOST_CONNECTIONS, **_TIMEOUTS
+            )
+        except RedisClusterException as error:  # a number of a database, for example
+            raise ValueError from error
+        return await client.initialize()
+
+    def _create_node_pool(self) -> ConnectionPool:
+        """Of any master, each of which tells and hears everything. docket's own knows neither the certificates that the
+        URL names nor a password that has to be quoted in it."""
+        assert self.cluster_client
+        node = random.choice(self.cluster_client.get_primaries())
+        where = {"host": node.host, "port": int(node.port), "protocol": PUBSUB_RESP_VERSION}
+        return ConnectionPool(**{**parse_url(self._normalized_url()), **where, **_TIMEOUTS})
+
+    @contextlib.asynccontextmanager
+    async def _cluster_pubsub(self) -> AsyncGenerator[PubSub, None]:
+        """Through another node each time: docket stays with its first one, also when that is gone for ever."""
+        async with Redis.from_pool(self._create_node_pool()) as node, node.pubsub() as subscription:
+            yield subscription
+
+
+class _Cluster(RedisCluster):
+    """redis-py calls the outage of a Cluster by a name that is no `RedisError`."""
+
+    async def initialize(self, *args: Any, **options: Any) -> RedisCluster:
+        with _as_outage():
+            return await super().initialize(*args, **options)
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        with _as_outage():
+            return await super().execute_command(*args, **options)
+
+
+@contextlib.contextmanager
+def _as_outage() -> Iterator[None]:
+    try:
+        yield
+    except RedisClusterException as error:
+        raise RedisConnectionError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _as_wrong_url() -> Iterator[None]:
+    try:
+        yield
+    except ValueError:
+        # What it says may quote a part of the password.
+        raise ConfigError(
+            "redis_url cannot be read",
+            field="redis_url",
+            hint="redis://USER:PASSWORD@HOST:PORT/0, with %2F for a / in the password, and so on; Sentinel needs the "
+            "master's name, redis+sentinel://HOST:26379/NAME/0; a Cluster, redis+cluster://HOST:PORT, has one database",
+        ) from None
+
+
 class _Lane(Docket):
     """One queue. Each place looks for abandoned messages by itself: docket lets one worker of the fleet do so at a
     time, and one that runs a single task would take over one message per round."""
 
     _rounds = itertools.count()
+
+    def __init__(self, name: str, url: str) -> None:
+        # A turn of a task is queued once: docket need not remember what has ended.
+        super().__init__(name, url, heartbeat_interval=timedelta(seconds=30), execution_ttl=timedelta(0))
+        self._redis = connection(url)
 
     @property
     def redelivery_sweep_key(self) -> str:
@@ -119,17 +210,14 @@ class Delivery:
     def __init__(self, url: str, lease_s: float) -> None:
         check()
         self._lease_s = lease_s
-        # A turn of a task is queued once: docket need not remember what has ended.
-        self._lanes = {
-            lane: _Lane(f"hr-{lane}", url, heartbeat_interval=timedelta(seconds=30), execution_ttl=timedelta(0))
-            for lane in LANES
-        }
+        self._lanes = {lane: _Lane(f"hr-{lane}", url) for lane in LANES}
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Delivery:
         for lane in self._lanes.values():
             lane.register(_run, names=["run"])
-            await self._stack.enter_async_context(lane)
+            with _as_outage():
+                await self._stack.enter_async_context(lane)
         return self
 
     async def __aexit__(self, *error: Any) -> None:
@@ -195,10 +283,10 @@ class _Brief(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        return not (isinstance(error, RedisError) or "Redis" in record.getMessage())
+        return not (isinstance(error, RedisError | RedisClusterException) or "Redis" in record.getMessage())
 
 
-for _name in ("docket.worker", "docket.strikelist"):
+for _name in ("docket.worker", "docket.strikelist", "docket._redelivery"):
     logging.getLogger(_name).addFilter(_Brief())
 
 
@@ -225,8 +313,13 @@ def check() -> None:
 
 
 def connection(url: str) -> RedisConnection:
-    """Connections to the store, whatever kind of server its URL names. An asynchronous context manager."""
-    return RedisConnection(url)
+    """Connections to the store, whatever kind of server its URL names. An asynchronous context manager.
+
+    Raises:
+        ConfigError: not a URL of a store; when it is entered, too.
+    """
+    with _as_wrong_url():
+        return _StoreConnection(url)
 
 
 __all__ = ["Delivery", "Message", "Outcome", "RedisConnection", "RedisError", "Run", "connection"]

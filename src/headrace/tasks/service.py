@@ -85,6 +85,9 @@ class Service:
                 _log.warning("the task store does not answer: %s; trying again in %.1f s", error, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+            except ConfigError:
+                await self._stack.aclose()
+                raise
         self._set_up(True)
         keeper = asyncio.ensure_future(self._keep())
         self._stack.callback(keeper.cancel)
@@ -111,11 +114,11 @@ class Service:
         self.connection = await self._stack.enter_async_context(connection(url))
         self.store = Store(self.connection, result_ttl_s=config.result_ttl_s, max_tasks=config.max_tasks)
         await self.store.open()
-        await self.store.ping()
         if not self.connection.is_cluster and await self.store.is_in_cluster():
             raise ConfigError(
                 "redis_url names one node of a Cluster", field="redis_url", hint="redis+cluster://… names them all"
             )
+        await self.store.ping()
         self.delivery = await self._stack.enter_async_context(Delivery(url, config.lease_s))
 
     async def _keep(self) -> None:

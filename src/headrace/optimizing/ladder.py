@@ -1,0 +1,359 @@
+"""Climbs the ladder: every rung built, loaded, compared and timed in processes of its own, and the best one chosen.
+
+The baseline is the model as it is, in float32 with plain attention. It runs all the while, so that each rung is timed
+beside it (`measure.py`). Whatever becomes of a rung, it has a row that says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import psutil
+
+from headrace import stats
+from headrace.clock import perf_counter, wall
+from headrace.config import usable_cpus
+from headrace.errors import ConfigError, Fault, LoadError, from_fault
+from headrace.optimizing import drift, measure, rungs
+from headrace.optimizing.child import Items, Job
+from headrace.optimizing.process import Failed, Process
+from headrace.optimizing.samples import divide
+from headrace.optimizing.words import Noise, Report, Row
+from headrace.version import __version__
+
+Objective = Literal["latency", "throughput", "memory"]
+
+# A gain below this is not worth another way to run a model.
+LEAST_GAIN = 1.05
+# An A/A control that is off by more says that the machine is too busy for wall time.
+MOST_NOISE = 0.05
+_WIDE = 0.2
+_BATCHES = (1, 8, 32)
+_ROUNDS = {1: 12, 8: 8, 32: 6}
+_ROW_FILE = "rows.json"
+_CAP_S = {"cpu": 120.0, "cuda": 600.0}
+_SHARE_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the ladder.
+
+    Args:
+        samples: file of samples, see `samples.read`.
+        max_drift: bounds by measure, on top of the preset's.
+        rungs: ids to try; the usual ones of this machine when empty.
+        cap_s: of a build and of each measurement; 0 is 120 s on a CPU, 600 s on a GPU.
+        effort: factor on the number of timed pairs.
+    """
+
+    target: str
+    samples: Path
+    task: str = "auto"
+    preset: str = "balanced"
+    max_drift: Mapping[str, float] = field(default_factory=dict)
+    objective: Objective = "latency"
+    rungs: Sequence[str] = ()
+    device: str = "auto"
+    threads: int = 0
+    cap_s: float = 0.0
+    most_samples: int = 500
+    effort: float = 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A climbed ladder: its report, and what an artifact can be packed from."""
+
+    report: Report
+    job: Job
+    work: Path
+
+
+def climb(wish: Wish, work: Path, *, resume: bool = False, tell: Callable[[Row], None] = lambda row: None) -> Result:
+    """Try every rung.
+
+    Args:
+        work: directory for what is built; rows are kept there as they come.
+        resume: keep the rows of an earlier climb with the same wish, but for those that ran out of time.
+        tell: called with each row as it is done.
+
+    Raises:
+        ConfigError, LoadError, InvalidInput, Unavailable: the target or the samples cannot be used; before any rung.
+    """
+    return _Climb(wish, work, resume, tell).run()
+
+
+class _Climb:
+    def __init__(self, wish: Wish, work: Path, resume: bool, tell: Callable[[Row], None]) -> None:
+        self.wish = wish
+        self.work = work
+        self.tell = tell
+        self.began = perf_counter()
+        self.wanted = [rungs.find(each) for each in dict.fromkeys(wish.rungs)]
+        work.mkdir(parents=True, exist_ok=True)
+        device = _device(wish.device)
+        threads = wish.threads or (usable_cpus() if device == "cpu" else min(4, usable_cpus()))
+        self.cap_s = wish.cap_s or _CAP_S[device.partition(":")[0]]
+        self.most_bytes = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY)
+        self.job = Job(str(work), wish.target, wish.task, device, threads, samples=str(wish.samples.resolve()))
+        self.job = msgspec.structs.replace(self.job, most_samples=wish.most_samples)
+        self.rows: dict[str, Row] = {}
+        self._key = _digest(wish, self.job)
+        if resume:
+            self._read_rows()
+
+    def run(self) -> Result:
+        self._prepare()
+        items = Items(self.work)
+        self.subject = items.subject
+        self.budget = drift.budget(items.subject.task, self.wish.preset, self.wish.max_drift)
+        self.calibration, self.evaluation = divide(len(items.all))
+        self.job = msgspec.structs.replace(self.job, calibration=self.calibration)
+        self.machine = msgspec.json.decode((self.work / "machine.json").read_bytes(), type=rungs.Machine)
+        if not self.wanted:
+            self.wanted = [rungs.find(each) for each in rungs.usual(self.machine)]
+        self.cells = [
+            msgspec.structs.replace(cell, rounds=max(4, round(_ROUNDS[cell.batch] * self.wish.effort)))
+            for cell in measure.cells(self.evaluation, _BATCHES, 1)
+        ]
+        self.length = round(stats.median([items.lengths[index] for index in self.evaluation]))
+        baseline = self._start("run", self.job)
+        try:
+            row = self._baseline(baseline)
+            self._keep(row)
+            noise = self._noise(baseline)
+            for rung in self.wanted:
+                if rung.id != rungs.BASELINE and not self._is_done(rung.id):
+                    self._keep(self._try(rung, baseline, noise))
+        finally:
+            baseline.end()
+        return Result(self._report(items, noise), self.job, self.work)
+
+    def _prepare(self) -> None:
+        try:
+            self._start("prepare", self.job).finish()
+        except Failed as failed:
+            if failed.said is not None:
+                raise from_fault(msgspec.convert(failed.said, Fault)) from None
+            raise LoadError(f"the target cannot be read: {failed.reason}", field="target") from None
+
+    def _start(self, role: str, job: Job) -> Process:
+        folder = self.work / "processes" / (job.rung if role != "prepare" else role)
+        return Process(role, job, folder, cap_s=self.cap_s, most_bytes=self.most_bytes)
+
+    def _baseline(self, process: Process) -> Row:
+        try:
+            loaded = process.ask()
+            self.wanted_outputs = self._outputs(process, 1)
+            batched = self._outputs(process, max(_BATCHES))
+        except Failed as failed:
+            raise LoadError(f"the model cannot be run as it is: {failed.reason}", field="target") from None
+        cells = [measure.alone(process, cell) for cell in self.cells]
+        peak = process.ask({"do": "peak"})["peak_bytes"]
+        measured = {**drift.batch_drift(self.wanted_outputs, batched)}
+        row = self._row(rungs.BASELINE, "baseline", cells, loaded, peak)
+        return msgspec.structs.replace(row, drift=measured, build_s=0.0)
+
+    def _noise(self, baseline: Process) -> Noise:
+        """The baseline beside itself: what is found then is the machine's."""
+        twin = self._start("run", self.job)
+        try:
+            twin.ask()
+            timed = measure.compare(baseline, twin, self._objective_cell())
+        finally:
+            twin.end()
+        return Noise(timed.ratio, timed.interval, timed.cpu_ratio, abs(timed.ratio - 1) > MOST_NOISE)
+
+    def _try(self, rung: rungs.Rung, baseline: Process, noise: Noise) -> Row:
+        reason = rung.missing(self.machine)
+        if reason:
+            return Row(rung=rung.id, status="unavailable", reason=reason)
+        job = msgspec.structs.replace(self.job, rung=rung.id)
+        built = perf_counter()
+        try:
+            if rung.engine != "torch":
+                self._start("build", job).finish()
+            build_s = perf_counter() - built
+            process = self._start("run", job)
+        except Failed as failed:
+            return Row(
+                rung=rung.id, status=failed.status, reason=failed.reason, build_s=round(perf_counter() - built, 2)
+            )
+        try:
+            return self._measure(rung, process, baseline, noise, build_s)
+        except Failed as failed:
+            return Row(rung=rung.id, status=failed.status, reason=failed.reason, build_s=round(build_s, 2))
+        finally:
+            process.end()
+
+    def _measure(self, rung: rungs.Rung, process: Process, baseline: Process, noise: Noise, build_s: float) -> Row:
+        loaded = process.ask()
+        found = self._outputs(process, 1)
+        batched = self._outputs(process, max(_BATCHES))
+        measured = drift.drift(self.subject.task, self.wanted_outputs, found, self.subject.activation)
+        measured |= drift.batch_drift(found, batched)
+        cells = [measure.compare(baseline, process, cell) for cell in self.cells]
+        peak = process.ask({"do": "peak"})["peak_bytes"]
+        row = self._row(rung.id, "ok", cells, loaded, peak)
+        row = msgspec.structs.replace(row, drift=measured, build_s=round(build_s, 2))
+        status, reason = judge(row, self._objective_row(row), self.budget, self.wish.objective, self.rows, noise)
+        return msgspec.structs.replace(row, status=status, reason=reason)
+
+    def _row(self, rung: str, status: str, cells: list[Any], loaded: dict[str, Any], peak: int) -> Row:
+        main = next(cell for cell in cells if cell.batch == self._objective_cell().batch)
+        return Row(
+            rung=rung,
+            status=status,
+            speedup=main.ratio,
+            speedup_ci=main.interval,
+            latency_ms={"p50": main.p50_ms, "p95": main.p95_ms},
+            throughput=main.throughput,
+            size_bytes=loaded["size_bytes"],
+            load_s=round(loaded["load_s"], 3),
+            first_s=round(loaded["first_s"], 3),
+            peak_bytes=peak,
+            batch=main.batch,
+            length=self.length,
+            cells=cells,
+        )
+
+    def _objective_cell(self) -> measure.Cell:
+        return self.cells[0] if self.wish.objective == "latency" else self.cells[-1]
+
+    def _objective_row(self, row: Row) -> Any:
+        return next(cell for cell in row.cells if cell.batch == row.batch)
+
+    def _outputs(self, process: Process, batch: int) -> list[Any]:
+        batches = [self.evaluation[at : at + batch] for at in range(0, len(self.evaluation), batch)]
+        file = str(self.work / "outputs.npz")
+        process.ask({"do": "outputs", "batches": batches, "file": file})
+        with np.load(file) as found:
+            return [found[str(number)] for number in self.evaluation]
+
+    def _report(self, items: Items, noise: Noise) -> Report:
+        lengths = sorted(items.lengths[index] for index in self.evaluation)
+        rows = list(self.rows.values())
+        return Report(
+            baseline=rungs.BASELINE,
+            rows=rows,
+            chosen=choose(rows, self.wish.objective),
+            preset=self.wish.preset,
+            objective=self.wish.objective,
+            task=self.subject.task,
+            target=self.wish.target,
+            budget=self.budget,
+            environment=msgspec.to_builtins(self.machine) | {"date": _today(), "cap_s": self.cap_s},
+            noise=noise,
+            samples={
+                "count": len(items.all),
+                "evaluation": len(self.evaluation),
+                "calibration": len(self.calibration),
+                **{f"length_p{share}": stats.percentile(lengths, share / 100) for share in (10, 50, 90)},
+            },
+            seconds=round(perf_counter() - self.began, 1),
+            headrace=__version__,
+        )
+
+    def _is_done(self, ident: str) -> bool:
+        return ident in self.rows and self.rows[ident].status not in ("timeout", "noisy", "unavailable")
+
+    def _keep(self, row: Row) -> None:
+        self.rows[row.rung] = row
+        self.tell(row)
+        content = msgspec.json.encode({"key": self._key, "rows": list(self.rows.values())})
+        (self.work / _ROW_FILE).write_bytes(content)
+
+    def _read_rows(self) -> None:
+        try:
+            kept = msgspec.json.decode((self.work / _ROW_FILE).read_bytes(), type=_Kept)
+        except OSError:
+            return
+        if kept.key != self._key:
+            raise ConfigError(
+                f"{self.work} has the rows of another target, other samples or another machine",
+                field="resume",
+                hint="leave --resume out to begin anew",
+            )
+        self.rows = {row.rung: row for row in kept.rows}
+
+
+class _Kept(msgspec.Struct):
+    key: str
+    rows: list[Row]
+
+
+def judge(
+    row: Row, cell: Any, budget: Mapping[str, float], objective: str, rows: Mapping[str, Row], noise: Noise
+) -> tuple[str, str]:
+    """Status and reason of a measured rung."""
+    broken = drift.breaches(row.drift, budget)
+    if broken:
+        return "inaccurate", broken
+    if objective == "memory":
+        base = rows[rungs.BASELINE].peak_bytes or 0
+        if (row.peak_bytes or 0) * LEAST_GAIN < base:
+            return "ok", ""
+        return "not_faster", f"takes {(row.peak_bytes or 0) / max(base, 1):.2f} of the baseline's memory"
+    ratio, (low, high) = cell.ratio, cell.interval
+    if noise.noisy:  # wall time says nothing here: processor time stands in for it
+        scale = cell.cpu_ratio / cell.ratio
+        ratio, low, high = cell.cpu_ratio, low * scale, high * scale
+    if low > LEAST_GAIN:
+        return "ok", "ranked by processor time: the machine is too busy for wall time" if noise.noisy else ""
+    if ratio > LEAST_GAIN and high - low > _WIDE:
+        return "noisy", f"between {low:.2f} and {high:.2f} times the baseline's speed: cannot tell"
+    return "not_faster", f"{ratio:.2f} times the baseline's speed"
+
+
+def choose(rows: Sequence[Row], objective: str) -> str:
+    """The best row for an objective; of those that are as good within their intervals, the simplest."""
+    fit = [row for row in rows if row.status == "ok"]
+    if not fit:
+        return rungs.BASELINE
+    if objective == "memory":
+        return min(fit, key=lambda row: row.peak_bytes or 0).rung
+    best = max(fit, key=lambda row: row.speedup or 0)
+    least = best.speedup_ci[0] if best.speedup_ci else 0
+    equals = [row for row in fit if (row.speedup or 0) >= least]
+    return min(equals, key=lambda row: simplicity(row.rung)).rung
+
+
+def simplicity(ident: str) -> tuple[int, int]:
+    """Less is simpler: few parts, then what stands early on the ladder."""
+    parts = ident.split("+")
+    return len(parts), max(list(rungs.RUNGS).index(part) for part in parts)
+
+
+def default_work(out: Path) -> Path:
+    """Where a ladder keeps what it builds: beside the artifact."""
+    return out.parent / f".{out.name}.work"
+
+
+def _device(wanted: str) -> str:
+    if wanted != "auto":
+        return "cuda:0" if wanted == "cuda" else wanted
+    return "cuda:0" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def _digest(wish: Wish, job: Job) -> str:
+    """What must be the same for rows to stand side by side."""
+    try:
+        samples = wish.samples.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {wish.samples}: {error.strerror}", field="samples") from None
+    parts = [wish.target, wish.task, wish.preset, sorted(wish.max_drift.items()), wish.objective, wish.most_samples]
+    here = [platform.node(), platform.machine(), job.device, job.threads]
+    return hashlib.sha256(samples + repr([parts, here]).encode()).hexdigest()
+
+
+def _today() -> str:
+    return datetime.datetime.fromtimestamp(wall(), datetime.UTC).date().isoformat()

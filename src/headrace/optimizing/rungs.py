@@ -1,0 +1,201 @@
+"""The rungs: what each is, what it needs, how it is built.
+
+Torch rungs are recipes applied when the model is loaded (`runners/recipes.py`); the others are exported to files once.
+`probe` runs in the ladder's own process and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.artifact import Engine
+from headrace.errors import ConfigError
+
+Probe = Callable[["Machine"], str]
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What the ladder runs on.
+
+    Args:
+        flags: instruction sets of the processor.
+        packages: versions of what is installed.
+        device: cpu or cuda:N; ``capability`` is the GPU's, such as 9.0.
+    """
+
+    device: str
+    threads: int
+    flags: list[str]
+    packages: dict[str, str]
+    capability: float = 0.0
+    gpu: str = ""
+    processor: str = ""
+    python: str = ""
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to run the model.
+
+    Args:
+        recipe: for the torch module before it is run or exported.
+        options: for the build, by engine.
+        needs: packages to be installed, with the extra that brings them.
+        where: cpu, cuda or both.
+        probe: a reason why it cannot be built here, or nothing.
+        calibrated: it is built with samples.
+    """
+
+    id: str
+    engine: Engine = "torch"
+    recipe: Sequence[str] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    needs: Sequence[tuple[str, str]] = ()
+    where: Literal["cpu", "cuda", "both"] = "both"
+    probe: Probe = lambda machine: ""
+    calibrated: bool = False
+
+    def missing(self, machine: Machine) -> str:
+        """Why it cannot be built on this machine, with what to do; empty if it can."""
+        kind = "cpu" if machine.device == "cpu" else "cuda"
+        if self.where not in ("both", kind):
+            return f"runs on {'a CPU' if self.where == 'cpu' else 'an NVIDIA GPU'} only"
+        for package, extra in self.needs:
+            if package not in machine.packages:
+                return f"{package} is not installed: pip install 'headrace[{extra}]'"
+        return self.probe(machine)
+
+
+def _capability(least: float, what: str) -> Probe:
+    def probe(machine: Machine) -> str:
+        if machine.capability >= least:
+            return ""
+        return f"{what} need a GPU of compute capability {least}, this one has {machine.capability}"
+
+    return probe
+
+
+def _int8_instructions(machine: Machine) -> str:
+    """torchao's integer products without these are 6 to 26 times slower than float32."""
+    if machine.device != "cpu" or any("vnni" in flag or "amx_int8" in flag for flag in machine.flags):
+        return ""
+    return "needs VNNI or AMX instructions, or a GPU: without them its integer products are slower than float32"
+
+
+def _tensorrt(machine: Machine) -> str:
+    if "tensorrt-libs" not in machine.packages:
+        return "the TensorRT builder library cannot be imported: pip install 'headrace[tensorrt]'"
+    return ""
+
+
+_ONNX = (("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"))
+_QUANT = (("torchao", "quant"),)
+
+# In the order in which they are tried on a CPU: what costs little and gives much comes first.
+_ALL = [
+    Rung("fp32"),
+    Rung("sdpa", recipe=["sdpa"]),
+    Rung("packed", recipe=["sdpa", "packed"]),
+    Rung("tf32", recipe=["sdpa", "tf32"], where="cuda", probe=_capability(8.0, "TF32 products")),
+    Rung("bf16", recipe=["sdpa", "bf16"]),
+    Rung("fp16", recipe=["sdpa", "fp16"]),
+    Rung("ort", "onnx", needs=_ONNX),
+    Rung("ort-int8-dynamic", "onnx", options={"quantize": "dynamic"}, needs=_ONNX, where="cpu"),
+    Rung("ort-int8-static", "onnx", options={"quantize": "static"}, needs=_ONNX, where="cpu", calibrated=True),
+    Rung("openvino", "openvino", needs=[("openvino", "openvino")], where="cpu"),
+    Rung(
+        "openvino-int8-static",
+        "openvino",
+        options={"quantize": "static"},
+        needs=[("openvino", "openvino"), ("nncf", "openvino")],
+        where="cpu",
+        calibrated=True,
+    ),
+    Rung("torch-int8-dynamic", recipe=["torch-int8-dynamic"], where="cpu"),
+    Rung("torchao-int8", recipe=["sdpa", "torchao-int8"], needs=_QUANT, probe=_int8_instructions),
+    Rung("torchao-int8-weights", recipe=["sdpa", "torchao-int8-weights"], needs=_QUANT),
+    Rung("torchao-int4", recipe=["sdpa", "bf16", "torchao-int4"], needs=_QUANT, where="cuda"),
+    Rung("nf4", recipe=["sdpa", "nf4"], needs=[("bitsandbytes", "quant")]),
+    Rung(
+        "fp8",
+        recipe=["sdpa", "bf16", "fp8", "compile"],
+        needs=_QUANT,
+        where="cuda",
+        probe=_capability(8.9, "8-bit floats"),
+    ),
+    Rung("aot", "aot", recipe=["sdpa"]),
+    Rung("compile", recipe=["sdpa", "compile"]),
+    Rung("reduce-overhead", recipe=["sdpa", "reduce-overhead"], where="cuda"),
+    Rung("max-autotune", recipe=["sdpa", "max-autotune"], where="cuda"),
+    Rung("tensorrt", "aot", needs=[("torch_tensorrt", "tensorrt")], where="cuda", probe=_tensorrt),
+]
+RUNGS = {rung.id: rung for rung in _ALL}
+BASELINE = "fp32"
+_ON_CPU = [
+    *("sdpa", "packed", "ort", "ort-int8-dynamic", "ort-int8-dynamic+packed", "openvino", "openvino-int8-static"),
+    *("ort-int8-static", "torch-int8-dynamic", "bf16", "torchao-int8", "torchao-int8-weights", "nf4", "aot", "compile"),
+    "tensorrt",
+]
+_ON_CUDA = [
+    *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
+    *("bf16+aot", "fp8", "torchao-int8+compile", "torchao-int4", "nf4", "ort", "tensorrt"),
+]
+
+
+def usual(machine: Machine) -> list[str]:
+    """What is tried where nobody names rungs, in order."""
+    return _ON_CPU if machine.device == "cpu" else _ON_CUDA
+
+
+def find(ident: str) -> Rung:
+    """A rung by its id, or several joined by ``+``: ``bf16+compile``.
+
+    Raises:
+        ConfigError: there is no such rung, or two that exclude one another are joined.
+    """
+    parts = [_one(each, ident) for each in ident.split("+")]
+    if len(parts) == 1:
+        return parts[0]
+    engines = [part for part in parts if part.engine != "torch"]
+    if len(engines) > 1:
+        raise ConfigError(f"{ident} joins two ways to run a model", field="rungs", hint="one of them at most")
+    last = engines[0] if engines else parts[0]
+    places = {part.where for part in parts} - {"both"}
+    if len(places) > 1:
+        raise ConfigError(f"{ident} joins what runs on a CPU with what runs on a GPU", field="rungs")
+    words = [word for part in parts for word in part.recipe]
+    return Rung(
+        ident,
+        last.engine,
+        _in_order(words),
+        {name: value for part in parts for name, value in part.options.items()},
+        [need for part in parts for need in part.needs],
+        next(iter(places), "both"),
+        lambda machine: next((reason for part in parts if (reason := part.probe(machine))), ""),
+        any(part.calibrated for part in parts),
+    )
+
+
+def _in_order(words: list[str]) -> list[str]:
+    """Attention first, then precision, then quantisation, compilation last."""
+    order = ["sdpa", "tf32", "bf16", "fp16", "torch-int8-dynamic", "torchao-int8", "torchao-int8-weights"]
+    order += ["torchao-int4", "nf4", "fp8", "compile", "reduce-overhead", "max-autotune", "packed"]
+    return sorted(dict.fromkeys(words), key=order.index)
+
+
+def _one(ident: str, whole: str) -> Rung:
+    rung = RUNGS.get(ident)
+    if rung is None:
+        raise ConfigError(f"there is no rung {ident!r} in {whole!r}", field="rungs", hint=", ".join(RUNGS))
+    return rung
+
+
+def directory_of(work: Path, ident: str) -> Path:
+    """Where a rung's files lie."""
+    return work / "rungs" / ident

@@ -1,0 +1,209 @@
+"""What a report says, in words and numbers: the same on a terminal, in Markdown and on a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from headrace.optimizing.words import ERRORS, Report, Row
+
+# What a task's drift is shown by, where its budget bounds it: means say more than the worst of some hundred samples.
+_TELLING = ("kl_mean", "cos_mean", "relative_error", "cos_min")
+_FAILED = ("build_failed", "crashed", "out_of_memory", "timeout")
+DASH = "–"
+
+
+def plain(text: str) -> str:
+    """One line without anything that a terminal or a parser would take for a command."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+def clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def number(value: float) -> str:
+    """Three digits that mean something, in eight characters at most."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def drift_number(value: float) -> str:
+    """Agreements lie near 1: five digits."""
+    return f"{value:.5g}" if 1e-3 <= abs(value) < 1e5 else number(value)
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return DASH
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{number(value)} TiB"
+
+
+def optional(value: float | None) -> str:
+    return DASH if value is None else number(value)
+
+
+def seconds(value: float | None) -> str:
+    return DASH if value is None else f"{number(value)} s"
+
+
+def times(value: float) -> str:
+    """A ratio, so that neighbours in a column can be compared: two decimals as long as they fit."""
+    return f"{value:.2f}" if 0.01 <= value < 1000 else number(value)
+
+
+def speed(ratio: float | None, interval: tuple[float, float] | None) -> str:
+    if ratio is None:
+        return DASH
+    return f"{times(ratio)}×" + (f" [{times(interval[0])}, {times(interval[1])}]" if interval else "")
+
+
+def speed_of(row: Row) -> str:
+    return "1×" if row.status == "baseline" else speed(row.speedup, row.speedup_ci)
+
+
+def p50(row: Row) -> float | None:
+    return (row.latency_ms or {}).get("p50")
+
+
+def loss(measure: str, value: float) -> float:
+    """A measure as what is lost: 0 is perfect."""
+    return value if measure in ERRORS else 1 - value
+
+
+def measure_of(rows: Sequence[Row], budget: Mapping[str, float]) -> str:
+    """The one measure to show drift by: a telling one of the budget's, else the first there is; empty without any."""
+    measured = [row.drift for row in rows if row.status != "baseline"]
+    bounded = [*(each for each in _TELLING if each in budget), *budget]
+    known = [*bounded, *(name for each in measured for name in each)]
+    return next((name for name in known if any(name in each for each in measured)), "")
+
+
+def breached(row: Row, budget: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Measures out of bounds as (name, value, bound), the worst for its bound first."""
+    if "not_finite" in row.drift:
+        return [("not_finite", row.drift["not_finite"], 0.0)]
+
+    def excess(name: str) -> float:
+        allowed, lost = loss(name, budget[name]), loss(name, row.drift[name])
+        if math.isnan(lost):
+            return math.inf
+        return lost / allowed if allowed > 0 else math.inf if lost > allowed else 0.0
+
+    over = [name for name in budget if name in row.drift and excess(name) > 1]
+    return [(name, row.drift[name], budget[name]) for name in sorted(over, key=excess, reverse=True)]
+
+
+def worst(row: Row, budget: Mapping[str, float]) -> str:
+    for name, value, bound in breached(row, budget):
+        if name == "not_finite":
+            return "not finite"
+        return f"{name} {drift_number(value)} {'>' if name in ERRORS else '<'} {bound:g}"
+    return ""
+
+
+def row_of(report: Report, rung: str) -> Row:
+    return next(row for row in report.rows if row.rung == rung)
+
+
+def choice(report: Report) -> str:
+    """One sentence: what was chosen and why."""
+    passed = [row for row in report.rows if row.status == "ok"]
+    gain = "takes less memory" if report.objective == "memory" else "is faster beyond noise"
+    if report.chosen == report.baseline:
+        tried = sum(1 for row in report.rows if row.status != "baseline" and row.latency_ms)
+        if not tried:
+            return f"{report.baseline} stays: no other rung could be measured."
+        return f"{report.baseline} stays: of {_count(tried)} measured, none {gain} and keeps to the budget of drift."
+    row, base = row_of(report, report.chosen), row_of(report, report.baseline)
+    said = [f"{speed_of(row)} the speed of {report.baseline}"]
+    if report.objective == "memory":
+        said.insert(
+            0, f"at most {size(row.peak_bytes)} of memory where {report.baseline} takes {size(base.peak_bytes)}"
+        )
+    measure = measure_of(report.rows, report.budget)
+    if measure in row.drift:
+        said.append(f"{measure} {drift_number(row.drift[measure])}{_bound(measure, report.budget)}")
+    why = f"the best for {report.objective} of {_count(len(passed))} that passed"
+    if len(passed) == 1:
+        why = "the only rung that passed"
+    elif ties := [each.rung for each in passed if report.objective != "memory" and _beats(each, row)]:
+        why = f"simpler than {', '.join(ties)}, which cannot be told from it by speed"
+    return f"{report.chosen} is chosen: {', '.join(said)}; {why}."
+
+
+def _beats(other: Row, row: Row) -> bool:
+    return (other.speedup or 0) > (row.speedup or 0)
+
+
+def _count(rungs: int) -> str:
+    return f"{rungs} rung{'' if rungs == 1 else 's'}"
+
+
+def _bound(measure: str, budget: Mapping[str, float]) -> str:
+    if measure not in budget:
+        return ""
+    return f" ({'at most' if measure in ERRORS else 'at least'} {budget[measure]:g})"
+
+
+def bounds(budget: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {'≤' if name in ERRORS else '≥'} {bound:g}" for name, bound in budget.items()) or DASH
+
+
+def missing(report: Report) -> dict[str, list[str]]:
+    """What is to be installed or had, and the rungs that wait for it."""
+    found: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.status == "unavailable":
+            found.setdefault(plain(row.reason), []).append(row.rung)
+    return found
+
+
+def failed(report: Report) -> list[Row]:
+    return [row for row in report.rows if row.status in _FAILED]
+
+
+def control(report: Report) -> str:
+    """What the machine itself adds to a ratio."""
+    noise = report.noise
+    if noise is None:
+        return "not run"
+    found = f"{report.baseline} beside itself {speed(noise.ratio, noise.interval)}"
+    if not noise.noisy:
+        return found
+    return f"{found}: this machine is busy, and speed-ups of that order mean nothing"
+
+
+def conditions(report: Report) -> Iterator[tuple[str, str]]:
+    """What the numbers belong to."""
+    base = row_of(report, report.baseline)
+    yield "target", plain(report.target)
+    yield "task", report.task
+    yield "preset", report.preset
+    yield "objective", report.objective
+    if base.batch is not None:
+        length = "" if base.length is None else f", {base.length} tokens in the median"
+        yield "batch", f"{base.batch} items a call{length}"
+    yield "budget of drift", bounds(report.budget)
+    yield "samples", ", ".join(f"{name} {value:g}" for name, value in report.samples.items())
+    yield "control", control(report)
+    yield "ladder took", f"{report.seconds:.0f} s"
+    yield "headrace", report.headrace
+
+
+def environment(value: Any) -> str:
+    """A value of the environment on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{plain(str(name))} {environment(each)}" for name, each in value.items()) or DASH
+    if isinstance(value, (list, tuple)):
+        return " ".join(environment(each) for each in value) or DASH
+    return plain(str(value)) or DASH

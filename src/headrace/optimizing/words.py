@@ -1,0 +1,118 @@
+"""What a ladder found, as plain data: `report.json` is a `Report`. Knows not how it was measured, nor how it looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+STATUSES = (
+    "baseline",
+    "ok",
+    "unavailable",
+    "build_failed",
+    "crashed",
+    "out_of_memory",
+    "timeout",
+    "inaccurate",
+    "not_faster",
+    "noisy",
+)
+
+# Measures of drift where less is better. Of all others, 1 is perfect and more is better.
+ERRORS = frozenset({"kl_mean", "max_logit_diff", "flips", "relative_error", "not_finite"})
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """A rung beside the baseline at one batch size.
+
+    Args:
+        batch: items of one call.
+        ratio: how many times as fast as the baseline; ``interval`` holds it with 95 % confidence.
+        cpu_ratio: the same of processor time.
+        p50_ms, p95_ms: of one call.
+        throughput: items per second.
+        pairs: of runs, one of each side; the ratio is the median of theirs.
+    """
+
+    batch: int
+    ratio: float
+    interval: tuple[float, float]
+    cpu_ratio: float
+    p50_ms: float
+    p95_ms: float
+    throughput: float
+    pairs: int
+
+
+class Row(msgspec.Struct, frozen=True):
+    """What became of one rung. What was not measured is ``None``.
+
+    Args:
+        status: one of `STATUSES`.
+        reason: why it has its status, in words, with what to do where something can be done.
+        speedup, speedup_ci: over the baseline at the objective's batch, with its 95 % interval.
+        latency_ms: ``p50`` and ``p95`` of one call at that batch.
+        throughput: items per second at that batch.
+        drift: measures of `drift.drift`; which of them mean an error, `ERRORS` says.
+        size_bytes: of the files, or of the weights in memory for a torch rung.
+        first_s: the first call after loading.
+        peak_bytes: the most memory that was used at once.
+        batch, length: items of one call and median tokens of an item, where there are tokens.
+        cells: every batch size that was timed.
+    """
+
+    rung: str
+    status: str
+    reason: str = ""
+    speedup: float | None = None
+    speedup_ci: tuple[float, float] | None = None
+    latency_ms: dict[str, float] | None = None
+    throughput: float | None = None
+    drift: dict[str, float] = {}
+    size_bytes: int | None = None
+    load_s: float | None = None
+    build_s: float | None = None
+    first_s: float | None = None
+    peak_bytes: int | None = None
+    batch: int | None = None
+    length: int | None = None
+    cells: list[Cell] = []
+
+
+class Noise(msgspec.Struct, frozen=True):
+    """The baseline beside itself, timed like a rung: what this machine makes of no difference at all."""
+
+    ratio: float
+    interval: tuple[float, float]
+    cpu_ratio: float
+    noisy: bool
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole ladder.
+
+    Args:
+        chosen: rung of the row that won; the baseline's where none did.
+        budget: bounds of drift by measure: the most of `ERRORS`, the least of others.
+        environment: machine, versions and settings that the numbers belong to.
+        noise: ``None`` if the control was not run.
+        samples: ``count``, and how many of them were for ``evaluation`` and ``calibration``; ``length_p10``,
+            ``length_p50``, ``length_p90`` in tokens, where items have a length.
+        seconds: the whole ladder took.
+        headrace: version.
+    """
+
+    baseline: str
+    rows: list[Row]
+    chosen: str
+    preset: str
+    objective: str
+    task: str
+    target: str
+    budget: dict[str, float]
+    environment: dict[str, Any]
+    noise: Noise | None
+    samples: dict[str, float]
+    seconds: float
+    headrace: str

@@ -1,0 +1,107 @@
+"""Ways to run a model on arrays: ONNX Runtime, OpenVINO, an AOTInductor package, a torch module.
+
+An engine takes one array per input and gives one array. Each library is imported where its engine is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from headrace.errors import Unavailable
+from headrace.runners.collate import Array
+
+
+class Engine(Protocol):
+    """Runs a batch: named arrays of shape (items, …) to one array of shape (items, …), float32."""
+
+    def __call__(self, batch: dict[str, Array]) -> Array: ...
+
+
+ONNX_FILE = "model.onnx"
+OPENVINO_FILE = "model.xml"
+AOT_FILE = "model.pt2"
+
+
+def open_onnx(directory: Path, device: str, threads: int) -> Engine:
+    """Raises `Unavailable` without onnxruntime."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise Unavailable("ONNX models need onnxruntime", hint="pip install 'headrace[onnx]'") from None
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(directory / ONNX_FILE), options, providers=providers)
+    names = {each.name for each in session.get_inputs()}
+
+    def run(batch: dict[str, Array]) -> Array:
+        # The export leaves out what the model does not look at.
+        output: Array = session.run(None, {name: value for name, value in batch.items() if name in names})[0]
+        return output
+
+    return run
+
+
+def open_openvino(directory: Path, device: str, threads: int) -> Engine:
+    """Raises `Unavailable` without openvino."""
+    try:
+        import openvino
+    except ImportError:
+        raise Unavailable("OpenVINO models need openvino", hint="pip install 'headrace[openvino]'") from None
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # on some processors it would be bfloat16, which is another rung
+    }
+    compiled = openvino.Core().compile_model(str(directory / OPENVINO_FILE), "CPU", options)
+    names = {name for each in compiled.inputs for name in each.get_names()}
+    request = compiled.create_infer_request()
+
+    def run(batch: dict[str, Array]) -> Array:
+        request.infer({name: value for name, value in batch.items() if name in names})
+        output: Array = request.get_output_tensor(0).data.copy()
+        return output
+
+    return run
+
+
+def open_aot(directory: Path, device: str, names: list[str]) -> Engine:
+    """An AOTInductor package. ``names`` are the inputs in the order of the module's parameters."""
+    import torch
+
+    package: Callable[..., Any] = torch._inductor.aoti_load_package(
+        str(directory / AOT_FILE), device_index=-1 if device == "cpu" else int(device.partition(":")[2] or 0)
+    )
+
+    def run(batch: dict[str, Array]) -> Array:
+        with torch.inference_mode():
+            output = package(**{name: torch.from_numpy(batch[name]).to(device) for name in names})
+        return as_array(output)
+
+    return run
+
+
+def module_engine(module: Any, device: str) -> Engine:
+    """A torch module, on a device already."""
+    import torch
+
+    def run(batch: dict[str, Array]) -> Array:
+        with torch.inference_mode():
+            return as_array(module(**{name: torch.from_numpy(value).to(device) for name, value in batch.items()}))
+
+    return run
+
+
+def as_array(output: Any) -> Array:
+    """The one tensor that a model gives, as float32."""
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    array: Array = output.detach().float().cpu().numpy()
+    return array

@@ -1,0 +1,164 @@
+"""What can be done to a float32 torch module as it is loaded, each under the word that manifests and rungs use.
+
+A recipe is a list of such words, applied in order: ``["bf16", "compile"]``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from headrace.errors import Unavailable
+
+# Words for the run around the module, not for the module itself.
+PACKED = "packed"
+
+
+def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
+    """The module on its device with all steps done; what is given may be changed.
+
+    Raises:
+        Unavailable: a package for a step is missing; says which.
+    """
+    module = module.eval()
+    quantizing = [word for word in recipe if word in _ON_DEVICE]
+    for word in recipe:
+        if word in _BEFORE:
+            module = _BEFORE[word](module)
+    module = module.to(device)
+    for word in quantizing:
+        module = _ON_DEVICE[word](module)
+    for word in recipe:
+        if word in _COMPILES:
+            return _COMPILES[word](module, device)
+    return module
+
+
+def _sdpa(module: torch.nn.Module) -> torch.nn.Module:
+    changed = False
+    for part in module.modules():
+        change = getattr(part, "set_attn_implementation", None)
+        if change is not None:
+            change("sdpa")
+            changed = True
+            break
+    if not changed:
+        raise Unavailable("the module has no attention that can be exchanged: not a model of transformers")
+    return module
+
+
+class _Half(torch.nn.Module):  # type: ignore[misc]  # torch is not analysed
+    """A module in another precision: its inputs are converted, its answer is float32 again."""
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, **tensors: torch.Tensor) -> torch.Tensor:
+        changed = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        answer: torch.Tensor = self.module(**changed)
+        return answer.float()
+
+
+def _tf32(module: torch.nn.Module) -> torch.nn.Module:
+    torch.set_float32_matmul_precision("high")
+    return module
+
+
+def _quantize_dynamic(module: torch.nn.Module) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and measured because guides still name it first
+        made: torch.nn.Module = torch.ao.quantization.quantize_dynamic(module, {torch.nn.Linear}, dtype=torch.qint8)
+    return made
+
+
+def _torchao(make: Callable[[Any], Any]) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    def quantize(module: torch.nn.Module) -> torch.nn.Module:
+        try:
+            import torchao.quantization as ao
+        except ImportError:
+            raise Unavailable("torchao is not installed", hint="pip install 'headrace[quant]'") from None
+        ao.quantize_(module, make(ao))
+        return module
+
+    return quantize
+
+
+def _nf4(module: torch.nn.Module) -> torch.nn.Module:
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise Unavailable("bitsandbytes is not installed", hint="pip install 'headrace[quant]'") from None
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                made = bnb.nn.Linear4bit(
+                    child.in_features,
+                    child.out_features,
+                    bias=child.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=True,  # double quantisation
+                    quant_type="nf4",
+                )
+                made.weight = bnb.nn.Params4bit(
+                    child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
+                made.bias = child.bias
+                # It is quantised as it is moved.
+                setattr(parent, name, made.to(child.weight.device))
+    return module
+
+
+def _compile(**options: Any) -> Callable[[torch.nn.Module, str], Any]:
+    def compile_(module: torch.nn.Module, device: str) -> Any:
+        # Lengths differ from batch to batch: one graph for all of them, unless graphs of the GPU are captured by shape.
+        dynamic = device == "cpu" or "mode" not in options
+        return torch.compile(module, dynamic=dynamic, **options)
+
+    return compile_
+
+
+_BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "sdpa": _sdpa,
+    "tf32": _tf32,
+    "bf16": lambda module: _Half(module, torch.bfloat16),
+    "fp16": lambda module: _Half(module, torch.float16),
+    "torch-int8-dynamic": _quantize_dynamic,
+}
+_ON_DEVICE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "torchao-int8": _torchao(lambda ao: ao.Int8DynamicActivationInt8WeightConfig()),
+    "torchao-int8-weights": _torchao(lambda ao: ao.Int8WeightOnlyConfig()),
+    "torchao-int4": _torchao(
+        lambda ao: ao.Int4WeightOnlyConfig(
+            group_size=128, int4_packing_format="tile_packed_to_4d", int4_choose_qparams_algorithm="hqq"
+        )
+    ),
+    "fp8": _torchao(lambda ao: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
+    "nf4": _nf4,
+}
+_COMPILES: dict[str, Callable[[torch.nn.Module, str], Any]] = {
+    "compile": _compile(),
+    "reduce-overhead": _compile(mode="reduce-overhead"),
+    "max-autotune": _compile(mode="max-autotune"),
+}
+
+
+def bytes_of(module: Any) -> int:
+    """Bytes of all tensors that a module holds, quantised ones as they are kept."""
+    module = getattr(module, "_orig_mod", module)
+    total = sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+    for part in module.modules():
+        if hasattr(part, "_weight_bias"):  # packed weights of quantize_dynamic's linear layers, which are no parameters
+            total += sum(_bytes(tensor) for tensor in part._weight_bias() if tensor is not None)
+    return total
+
+
+def _bytes(tensor: Any) -> int:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
+    return int(tensor.numel() * tensor.element_size())
