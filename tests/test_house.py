@@ -17,44 +17,21 @@ from conftest import ROOT
 SOURCE = ROOT / "src" / "headrace"
 
 # From the ground up; a module may import from its own layer (but see PARTS) and from those below.
+PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"}
+PARTS |= {"optimizing", "profiling"}
+COMMANDS = {"cli", "task_cli", "ops_cli", "optimize_cli", "profile_cli", "lint_cli"}
 LAYERS = [
     {"errors", "clock", "log", "cgroups", "config", "version"},
     {"core", "metrics", "stats", "artifact"},
     {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "child", "supervisor", "machine"}
     | {"web", "http_client"},
-    {
-        "serving",
-        "loadgen",
-        "dynamic",
-        "client",
-        "tasks_client",
-        "tasks",
-        "agents",
-        "tracking",
-        "monitoring",
-        "optimizing",
-    },
-    {
-        "",
-        "cli",
-        "task_cli",
-        "up",
-        "front",
-        "demo",
-        "define",
-        "asgi",
-        "library",
-        "testing",
-        "doctor",
-        "ops_cli",
-        "__main__",
-    },
+    PARTS,
+    {"", "up", "front", "demo", "define", "asgi", "library", "testing", "doctor", "__main__"} | COMMANDS,
 ]
-PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"}
-TORCH_ALLOWED = {"runners", "optimizing"}
+TORCH_ALLOWED = {"runners", "optimizing", "profiling"}
 # One home per heavy dependency.
 HOMES = {
-    "torch": {"runners", "optimizing"},
+    "torch": {"runners", "optimizing", "profiling"},
     "transformers": {"runners"},
     "huggingface_hub": {"runners"},
     "tokenizers": {"runners"},
@@ -66,10 +43,10 @@ HOMES = {
     "redis": {"tasks"},
     "docket": {"tasks"},
     "ag_ui": {"tasks"},
-    "psutil": {"machine", "tracking", "optimizing"},
+    "psutil": {"machine", "tracking", "optimizing", "profiling"},
     "pynvml": {"machine"},
     "pydantic_ai": {"agents"},
-    "click": {"cli", "task_cli", "ops_cli"},
+    "click": COMMANDS,
     "httptools": {"loadgen"},
     "httpx": {"http_client", "tasks_client"},
     "python_multipart": {"serving"},

@@ -7,8 +7,10 @@ what to do. Knows nothing of how a model is run.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import platform
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
@@ -31,6 +33,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
         shape: of one item; 0 where items differ.
         pad: what a shorter item is filled up with.
         mask: it says which tokens are real, and is made where an item does not bring it.
+        below: its values are numbers of rows of a table with so many, as token ids are; 0 where they are not.
     """
 
     name: str
@@ -38,6 +41,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
     shape: list[int]
     pad: float = 0
     mask: bool = False
+    below: int = 0
 
     @property
     def ragged(self) -> bool:
@@ -74,14 +78,18 @@ class FileDigest(msgspec.Struct, frozen=True):
 
 
 class Requires(msgspec.Struct, frozen=True):
-    """What a machine must have to run it: instruction sets, packages with their versions, a kind of device.
+    """What a machine must have to run it.
 
-    ``packages`` maps a name to the version it was made with; the first two numbers must agree.
+    Args:
+        isa: instruction sets, as Linux names them.
+        packages: name to the version it was made with, of which the first two numbers must agree; "" where any will do.
+        device: cpu or cuda; "" where any will do.
+        capability: of the GPU, such as 9.0: the least, and for compiled code the only one.
     """
 
     isa: list[str] = []
     packages: dict[str, str] = {}
-    device: str = "cpu"
+    device: str = ""
     capability: str = ""
 
 
@@ -130,7 +138,18 @@ def read(directory: Path) -> Manifest:
     """The manifest of a directory whose files are all there and unchanged.
 
     Raises:
-        LoadError: names the file that is missing or not what it was, or what the manifest lacks.
+        LoadError: as `parse` and `verify` do.
+    """
+    manifest = parse(directory)
+    verify(directory, manifest)
+    return manifest
+
+
+def parse(directory: Path) -> Manifest:
+    """The manifest alone: it says what there is to fall back to where a file is broken.
+
+    Raises:
+        LoadError: it cannot be read, is of another schema, or names something outside the directory.
     """
     path = directory / MANIFEST
     try:
@@ -147,23 +166,48 @@ def read(directory: Path) -> Manifest:
         raise LoadError(f"cannot read {path}: {error.strerror}", field="target") from None
     except msgspec.DecodeError as error:
         raise LoadError(f"{path} is no manifest: {error}", field="target", hint=_AGAIN) from None
+    named = [*manifest.files, *manifest.fallback, *([manifest.subject.text.tokenizer] if manifest.subject.text else [])]
+    for name in map(PurePosixPath, named):
+        if name.is_absolute() or ".." in name.parts:
+            raise LoadError(f"{path} names {name}, which is outside its directory", field="target")
+    return manifest
+
+
+def verify(directory: Path, manifest: Manifest) -> None:
+    """Compare a directory's files with its manifest.
+
+    Raises:
+        LoadError: names the file that is missing or not what it was.
+    """
     for name, known in manifest.files.items():
         file = directory / name
-        if not file.is_file():
-            raise LoadError(f"{directory} lacks its file {name}", field="target", hint=_AGAIN)
-        if file.stat().st_size != known.size or _digest(file) != known.sha256:
-            raise LoadError(f"{file} is not the file that was made", field="target", hint=_AGAIN)
-    return manifest
+        try:
+            if file.stat().st_size == known.size and _digest(file) == known.sha256:
+                continue
+        except FileNotFoundError:
+            raise LoadError(f"{directory} lacks its file {name}", field="target", hint=_AGAIN) from None
+        except OSError as error:
+            raise LoadError(f"cannot read {file}: {error.strerror}", field="target") from None
+        raise LoadError(f"{file} is not the file that was made", field="target", hint=_AGAIN)
 
 
 _AGAIN = "copy the whole directory again, or make it again with headrace optimize"
 
 
-def check_machine(manifest: Manifest, packages: dict[str, str], isa: set[str] | None = None) -> None:
+def check_machine(
+    manifest: Manifest,
+    *,
+    packages: Mapping[str, str],
+    device: str = "cpu",
+    capability: str = "",
+    isa: set[str] | None = None,
+) -> None:
     """Refuse what this machine cannot run, before it is tried: an instruction that is not there ends the process.
 
     Args:
-        packages: versions of the packages here; those that are not installed are left out.
+        packages: versions of the packages here, see `installed`.
+        device: where it is to run, such as cuda:0.
+        capability: of that GPU.
         isa: instruction sets of this processor, this machine's own by default.
 
     Raises:
@@ -172,21 +216,56 @@ def check_machine(manifest: Manifest, packages: dict[str, str], isa: set[str] | 
     needed = manifest.requires
     missing = sorted(set(needed.isa) - (processor_flags() if isa is None else isa))
     if missing:
-        raise LoadError(
-            f"this artifact needs a processor with {', '.join(missing)}",
-            field="target",
-            hint="run headrace optimize on this machine, or on one like it",
-        )
+        raise LoadError(f"this artifact needs a processor with {', '.join(missing)}", field="target", hint=_HERE)
     for name, version in needed.packages.items():
-        here = packages.get(name)
-        if here is None:
-            raise LoadError(f"this artifact needs {name}", field="target", hint=f"pip install '{name}=={version}'")
-        if here.split(".")[:2] != version.split(".")[:2]:
-            raise LoadError(
-                f"this artifact was made with {name} {version}, here is {here}",
-                field="target",
-                hint=f"pip install '{name}=={version}', or run headrace optimize again",
-            )
+        _check_package(name, version, packages.get(name))
+    if needed.device and device.partition(":")[0] != needed.device:
+        raise LoadError(
+            f"this artifact was made for {needed.device} and is to run on {device}",
+            field="device",
+            hint=f"--device {needed.device}, or headrace optimize --device {device}",
+        )
+    if needed.capability and not _fits(capability, needed.capability, exactly=manifest.engine == "aot"):
+        raise LoadError(
+            f"this artifact needs a GPU of compute capability {needed.capability}, here is {capability or 'none'}",
+            field="device",
+            hint=_HERE,
+        )
+
+
+_HERE = "run headrace optimize on this machine, or serve it on one like that it was made on"
+
+
+def _check_package(name: str, version: str, here: str | None) -> None:
+    exactly = f"{name}=={version.partition('+')[0]}" if version else name  # no index has a build's local part
+    if here is None:
+        raise LoadError(f"this artifact needs {name}", field="target", hint=f"pip install '{exactly}'")
+    if version and here.split(".")[:2] != version.split(".")[:2]:
+        raise LoadError(
+            f"this artifact was made with {name} {version}, here is {here}",
+            field="target",
+            hint=f"pip install '{exactly}', or run headrace optimize again",
+        )
+
+
+def _fits(here: str, needed: str, exactly: bool) -> bool:
+    have, want = ([int(part) for part in each.split(".")] if each else [] for each in (here, needed))
+    return have == want if exactly else have >= want
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Versions of packages, by the name that they are imported by; those that are not there are left out."""
+    found = {}
+    owners: Mapping[str, list[str]] | None = None
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            # The builds of ONNX Runtime for other devices have names of their own.
+            owners = importlib.metadata.packages_distributions() if owners is None else owners
+            if name in owners:
+                found[name] = importlib.metadata.version(owners[name][0])
+    return found
 
 
 def processor_flags() -> set[str]:

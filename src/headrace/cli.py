@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from headrace import config, ops_cli, task_cli
+from headrace import config, ops_cli, optimize_cli, task_cli
 from headrace.errors import ConfigError, HeadraceError
 from headrace.version import __version__
 
@@ -126,6 +126,7 @@ def task_worker(app: str | None, file: Path | None, **flags: Any) -> None:
 for _command in task_cli.COMMANDS:
     task.add_command(_command)
 main.add_command(ops_cli.ops)
+main.add_command(optimize_cli.optimize)
 
 
 @main.command(short_help="Stop the embedded task store.")

@@ -289,6 +289,12 @@ def test_more_may_be_asked_at_once_than_there_are_connections(tell: Callable[[St
     tell(story)
 
 
+async def connections_close(url: str) -> None:
+    """With TLS it takes a moment, and whoever gives up a wait does not stay for it."""
+    if url.startswith("rediss"):
+        await asyncio.sleep(0.2)
+
+
 def test_messages_go_to_as_many_places_as_one_asks_for_and_each_to_one(url: str) -> None:
     # Each connection with TLS costs a good deal of time; there is nothing else to them.
     count = 6 if url.startswith("rediss") else PLACES
@@ -319,6 +325,7 @@ def test_messages_go_to_as_many_places_as_one_asks_for_and_each_to_one(url: str)
                 place.cancel()
             await asyncio.wait(places)
             assert sorted(running) == sorted(sent), "all at once, each once"
+        await connections_close(url)
 
     asyncio.run(story())
 
@@ -343,6 +350,7 @@ def test_a_message_that_was_let_go_comes_again_and_a_late_one_comes_late(url: st
                     await asyncio.sleep(0.02)
             place.cancel()
             await asyncio.wait({place})
+        await connections_close(url)
         first, second = (each for each in came if each[0] == "a:1")
         assert first[1] == second[1], "it is the same message"
         assert second[2] - first[2] > 0.4, "it was another worker's for as long as the lease"
@@ -365,16 +373,3 @@ def test_a_url_that_is_none_is_an_error_of_its_option_and_gives_no_password_away
     assert refused.value.field == "redis_url"
     assert refused.value.hint
     assert "'pa'" not in f"{refused.value.message}{refused.value.hint}{refused.value.__cause__}"
-
-
-def test_one_node_of_a_cluster_is_not_taken_for_the_whole(url: str) -> None:
-    if "+cluster" not in url:
-        pytest.skip("it is none")
-
-    async def story() -> None:
-        async with Service(Config(redis_url=url.replace("+cluster", "")), metrics.Row()):
-            pass
-
-    with pytest.raises(ConfigError, match="one node of a Cluster") as refused:
-        asyncio.run(story())
-    assert refused.value.field == "redis_url"

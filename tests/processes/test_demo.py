@@ -128,7 +128,7 @@ def use_model(folder: Path, name: str) -> None:
 def test_before_anything_is_indexed_it_says_so_at_once(tmp_path: Path) -> None:
     with small(tmp_path) as server:
         status, error = refusal(server, "where", "overnight in the fridge")
-        assert (status, error["code"]) == (500, "not_ready")
+        assert (status, error["code"]) == (503, "not_ready")
         assert "run the agent index first" in error["message"]
         assert "trying it again" not in server.log
 
@@ -168,7 +168,7 @@ def test_another_model_of_the_same_name_is_noticed_and_everything_is_indexed_ane
             use_model(tmp_path, name)
             assert httpx.post(f"{server.admin}/admin/reload", timeout=20).status_code == 200
             status, error = refusal(server, "where", "overnight in the fridge")
-            assert (status, error["code"]) == (500, "not_ready")
+            assert (status, error["code"]) == (503, "not_ready")
             assert "with this model" in error["message"]
             assert counts(run(server, "index", folder)) == {"files": 3, "passages": 7}, "all of it is embedded again"
             assert run(server, "where", "overnight in the fridge")[0]["line"] == 3

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from conftest import Server, Stage, Watcher, stage, submit, task_status, wait_for_end, wait_until
+from headrace import metrics
+from headrace.config import Config
+from headrace.errors import ConfigError
+from headrace.tasks.service import Service
 from stores import Cluster, Node, Nodes, Sentinel, make_certificate
 
 pytestmark = pytest.mark.usefixtures("needs_proc")
@@ -77,12 +82,20 @@ def test_a_cluster_whose_master_fails_in_the_middle_of_a_run(tmp_path: Path, red
     try:
         with stage(tmp_path, "--lease-s", "10", redis_url=store.url) as play:
             gateway, worker = actors(play)
-            live_a_whole_life(play, gateway)
             lose_the_master_in_the_middle(play, gateway, store, store.owner("{hr}"))
             live_a_whole_life(play, gateway)
             assert worker.process.poll() is None
+        # Any node answers for itself, which must not be taken for the whole.
+        with pytest.raises(ConfigError, match="one node of a Cluster") as refused:
+            asyncio.run(open_service(store.nodes[-1].url))
+        assert refused.value.field == "redis_url"
     finally:
         store.stop()
+
+
+async def open_service(url: str) -> None:
+    async with Service(Config(redis_url=url), metrics.Row()):
+        pass
 
 
 def test_sentinel_promotes_a_replica_in_the_middle_of_a_run(tmp_path: Path, redis_server: str) -> None:
@@ -90,7 +103,6 @@ def test_sentinel_promotes_a_replica_in_the_middle_of_a_run(tmp_path: Path, redi
     try:
         with stage(tmp_path, "--lease-s", "10", redis_url=store.url) as play:
             gateway, worker = actors(play)
-            live_a_whole_life(play, gateway)
             master, replica = store.nodes
             assert store.master() == master.port
             lose_the_master_in_the_middle(play, gateway, store, master)

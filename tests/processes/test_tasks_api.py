@@ -275,7 +275,7 @@ def test_every_task_is_counted_once_at_its_end(agents: Server) -> None:
     wait_until(lambda: agents.metric(series) == before + 1)
     text = agents.client.get("/metrics").text
     for name in (
-        'agent_request_duration_seconds_bucket{model="shout",le="600"}',
+        'agent_request_duration_seconds_bucket{model="shout",le="600.0"}',
         'agent_tokens_per_request_count{model="shout"}',
         'headrace_task_queue_depth{lane="batch"}',
         'agent_requests_total{status="timeout",model="crash"} 0',

@@ -173,7 +173,9 @@ def _open(job: Job, items: Items) -> tuple[Callable[[dict[str, Any]], Any], int]
         from headrace.runners import recipes
 
         _, module = _module(job, list(rung.recipe))
-        return engines.module_engine(module, job.device), recipes.bytes_of(module)
+        by_shape = not recipes.GRAPHS.isdisjoint(rung.recipe)
+        engine = engines.module_engine(module, job.device, buckets=items.subject if by_shape else None)
+        return engine, recipes.bytes_of(module)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     names = [each.name for each in items.subject.inputs]
     if rung.engine == "onnx":

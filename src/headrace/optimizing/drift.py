@@ -1,24 +1,13 @@
-"""How far a rung's answers are from the model's own, by task, and how much of that is allowed.
-
-No labels are needed: the model as it is, in float32, is what a rung must not drift from. Inputs are arrays of shape
-(items, …), float32, of the same items in the same order.
-"""
+"""How far a rung's answers may be from the model's own, by task. The measures are in `runners/drift.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Mapping
 
 from headrace.errors import ConfigError
-from headrace.optimizing.words import ERRORS
+from headrace.runners.drift import batch_drift, breaches, drift
 
-Array = npt.NDArray[Any]
-# A flip counts only where the model itself was sure: its best class led by this much probability.
-_SURE = 0.1
-_NEIGHBOURS = 5
+__all__ = ["PRESETS", "batch_drift", "breaches", "budget", "drift"]
 
 # Least and most allowed, by preset and task. From the measured ladders of docs/optimize.md: balanced lets the 8-bit
 # rungs of ONNX Runtime and OpenVINO pass and keeps out those that ruin an encoder.
@@ -39,38 +28,6 @@ PRESETS: dict[str, dict[str, dict[str, float]]] = {
         "logits": {"relative_error": 0.15},
     },
 }
-
-
-def drift(task: str, wanted: Sequence[Array], found: Sequence[Array], activation: str = "softmax") -> dict[str, float]:
-    """Measures for a task, of answers beside those that are wanted.
-
-    Returns:
-        embed: ``cos_mean``, ``cos_p1``, ``cos_min`` of the vectors, ``spearman`` of all similarities of pairs,
-        ``neighbours``: share of the five nearest that are the same. classify: ``top1`` agreement, ``kl_mean``,
-        ``max_logit_diff``, ``flips``: share of sure answers that changed. Others: ``relative_error``, the largest
-        difference over the largest value, and ``cos_mean``, ``cos_min``.
-    """
-    if any(not np.isfinite(each).all() for each in found):
-        return {"not_finite": 1.0}
-    if task == "embed":
-        return _embeddings(np.stack(wanted), np.stack(found))
-    if task == "classify":
-        return _classes(np.stack(wanted), np.stack(found), activation)
-    flat = [(a.ravel(), b.ravel()) for a, b in zip(wanted, found, strict=True)]
-    scale = max(float(np.abs(a).max()) for a, _ in flat)
-    cosines = np.array([_cosine(a, b) for a, b in flat])
-    worst = max(float(np.abs(a - b).max()) for a, b in flat)
-    return {
-        "relative_error": worst / max(scale, 1e-12),
-        "cos_mean": float(cosines.mean()),
-        "cos_min": float(cosines.min()),
-    }
-
-
-def batch_drift(alone: Sequence[Array], batched: Sequence[Array]) -> dict[str, float]:
-    """How far an answer depends on what else is in its batch."""
-    cosines = np.array([_cosine(a.ravel(), b.ravel()) for a, b in zip(alone, batched, strict=True)])
-    return {"batch_cos_mean": float(cosines.mean()), "batch_cos_min": float(cosines.min())}
 
 
 def budget(task: str, preset: str, overrides: Mapping[str, float]) -> dict[str, float]:
@@ -94,80 +51,3 @@ _BATCH = {"batch_cos_mean", "batch_cos_min"}
 _EMBED_MEASURES = {"cos_mean", "cos_p1", "cos_min", "spearman", "neighbours"} | _BATCH
 _CLASS_MEASURES = {"top1", "kl_mean", "max_logit_diff", "flips"} | _BATCH
 _OTHER_MEASURES = {"relative_error", "cos_mean", "cos_min"} | _BATCH
-_MOST = ERRORS
-
-
-def breaches(measured: Mapping[str, float], bounds: Mapping[str, float]) -> str:
-    """Which bounds are broken, in words; empty if none is."""
-    if "not_finite" in measured:
-        return "answers are not finite numbers"
-    said = []
-    for name, bound in bounds.items():
-        value = measured[name]
-        if (value > bound) if name in _MOST else (value < bound):
-            said.append(f"{name} {value:.4g} is {'over' if name in _MOST else 'under'} {bound:g}")
-    return ", ".join(said)
-
-
-def _embeddings(wanted: Array, found: Array) -> dict[str, float]:
-    cosines = np.array([_cosine(a, b) for a, b in zip(wanted, found, strict=True)])
-    here, there = _similarities(wanted), _similarities(found)
-    upper = np.triu_indices(len(wanted), 1)
-    return {
-        "cos_mean": float(cosines.mean()),
-        "cos_p1": float(np.percentile(cosines, 1)),
-        "cos_min": float(cosines.min()),
-        "spearman": _spearman(here[upper], there[upper]),
-        "neighbours": _overlap(here, there, min(_NEIGHBOURS, len(wanted) - 1)),
-    }
-
-
-def _classes(wanted: Array, found: Array, activation: str) -> dict[str, float]:
-    p, q = _shares(wanted, activation), _shares(found, activation)
-    if activation == "softmax":
-        kl = (p * (np.log(p + 1e-12) - np.log(q + 1e-12))).sum(-1)
-    else:  # each class by itself
-        kl = (p * np.log((p + 1e-12) / (q + 1e-12)) + (1 - p) * np.log((1 - p + 1e-12) / (1 - q + 1e-12))).sum(-1)
-    same = wanted.argmax(-1) == found.argmax(-1) if wanted.shape[-1] > 1 else (p[:, 0] > 0.5) == (q[:, 0] > 0.5)
-    ordered = np.sort(p, -1)
-    sure = ordered[:, -1] - ordered[:, -2] > _SURE if wanted.shape[-1] > 1 else np.abs(p[:, 0] - 0.5) > _SURE / 2
-    return {
-        "top1": float(same.mean()),
-        "kl_mean": float(kl.mean()),
-        "max_logit_diff": float(np.abs(wanted - found).max()),
-        "flips": float((~same & sure).sum() / max(1, sure.sum())),
-    }
-
-
-def _shares(logits: Array, activation: str) -> Array:
-    if activation == "sigmoid":
-        return 1 / (1 + np.exp(-logits.astype(np.float64)))
-    moved = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    shares: Array = moved / moved.sum(-1, keepdims=True)
-    return shares
-
-
-def _cosine(a: Array, b: Array) -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norms if norms else float(np.array_equal(a, b))
-
-
-def _similarities(vectors: Array) -> Array:
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    found: Array = unit @ unit.T
-    return found
-
-
-def _spearman(a: Array, b: Array) -> float:
-    """Correlation of ranks. Ties are as good as none among products of floats."""
-    ranks_a, ranks_b = a.argsort().argsort(), b.argsort().argsort()
-    return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
-
-
-def _overlap(here: Array, there: Array, count: int) -> float:
-    shares = []
-    for row, (a, b) in enumerate(zip(here, there, strict=True)):
-        first, second = ({int(i) for i in order[: count + 1] if i != row} for order in (np.argsort(-a), np.argsort(-b)))
-        shares.append(len(first & second) / max(1, len(first)))
-    return float(np.mean(shares))

@@ -124,7 +124,7 @@ _ALL = [
     Rung("nf4", recipe=["sdpa", "nf4"], needs=[("bitsandbytes", "quant")]),
     Rung(
         "fp8",
-        recipe=["sdpa", "bf16", "fp8", "compile"],
+        recipe=["sdpa", "bf16", "fp8", "reduce-overhead"],
         needs=_QUANT,
         where="cuda",
         probe=_capability(8.9, "8-bit floats"),

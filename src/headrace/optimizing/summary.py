@@ -33,7 +33,9 @@ def number(value: float) -> str:
 
 
 def drift_number(value: float) -> str:
-    """Agreements lie near 1: five digits."""
+    """Agreements lie near 1: five digits, more where five would say that nothing is lost."""
+    if 0.999 < value < 1:
+        return f"{value:.7g}"
     return f"{value:.5g}" if 1e-3 <= abs(value) < 1e5 else number(value)
 
 
@@ -88,10 +90,10 @@ def measure_of(rows: Sequence[Row], budget: Mapping[str, float]) -> str:
     return next((name for name in known if any(name in each for each in measured)), "")
 
 
-def breached(row: Row, budget: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Measures out of bounds as (name, value, bound), the worst for its bound first."""
+def breached(row: Row, budget: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Measures out of bounds with their values, the worst for its bound first."""
     if "not_finite" in row.drift:
-        return [("not_finite", row.drift["not_finite"], 0.0)]
+        return [("not_finite", row.drift["not_finite"])]
 
     def excess(name: str) -> float:
         allowed, lost = loss(name, budget[name]), loss(name, row.drift[name])
@@ -100,14 +102,13 @@ def breached(row: Row, budget: Mapping[str, float]) -> list[tuple[str, float, fl
         return lost / allowed if allowed > 0 else math.inf if lost > allowed else 0.0
 
     over = [name for name in budget if name in row.drift and excess(name) > 1]
-    return [(name, row.drift[name], budget[name]) for name in sorted(over, key=excess, reverse=True)]
+    return [(name, row.drift[name]) for name in sorted(over, key=excess, reverse=True)]
 
 
 def worst(row: Row, budget: Mapping[str, float]) -> str:
-    for name, value, bound in breached(row, budget):
-        if name == "not_finite":
-            return "not finite"
-        return f"{name} {drift_number(value)} {'>' if name in ERRORS else '<'} {bound:g}"
+    """The measure that is furthest out of its bound; empty if none is."""
+    for name, value in breached(row, budget):
+        return "not finite" if name == "not_finite" else f"{name} {drift_number(value)}"
     return ""
 
 

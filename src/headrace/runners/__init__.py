@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.artifact import is_artifact
 from headrace.config import ModelConfig
 from headrace.core import ModelInfo, Runner
 from headrace.errors import LoadError
@@ -61,6 +62,10 @@ def open_target(config: ModelConfig, device: str) -> Loaded:
             field="devices",
             hint='serve a class of your own: its load() gets "cuda" and sees the GPUs of its group (device_map="auto")',
         )
+    if is_artifact(path):
+        from headrace.runners.artifact import open_artifact
+
+        return open_artifact(config, device)
     if path.suffix in {".pt", ".ts"} and (path.exists() or ":" not in target):
         from headrace.runners.torchscript import open_torchscript
 

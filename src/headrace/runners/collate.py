@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,3 +69,21 @@ def near_lengths(lengths: Sequence[int], most_padding: float = 0.1) -> list[list
             groups.append([index])
             real = lengths[index]
     return groups
+
+
+def run(
+    engine: Callable[[dict[str, Array]], Array], items: Sequence[Item], subject: Subject, packed: bool
+) -> list[Any]:
+    """Answers of an engine in the order of the items.
+
+    Args:
+        packed: run groups of nearly one length one after the other, instead of filling all up to the longest.
+    """
+    everything = [list(range(len(items)))]
+    groups = near_lengths([length(item, subject) for item in items]) if packed else everything
+    answers: list[Any] = [None] * len(items)
+    for group in groups:
+        some = [items[index] for index in group]
+        for index, answer in zip(group, split(engine(collate(some, subject)), some, subject), strict=True):
+            answers[index] = answer
+    return answers

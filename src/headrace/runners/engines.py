@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from headrace.artifact import Subject
 from headrace.errors import Unavailable
 from headrace.runners.collate import Array
 
@@ -23,10 +26,12 @@ class Engine(Protocol):
 ONNX_FILE = "model.onnx"
 OPENVINO_FILE = "model.xml"
 AOT_FILE = "model.pt2"
+_CUDA = "CUDAExecutionProvider"
+_SHORT, _STEP = 16, 32
 
 
 def open_onnx(directory: Path, device: str, threads: int) -> Engine:
-    """Raises `Unavailable` without onnxruntime."""
+    """Raises `Unavailable` without onnxruntime, or without its build for GPUs where it is to run on one."""
     try:
         import onnxruntime
     except ImportError:
@@ -36,7 +41,11 @@ def open_onnx(directory: Path, device: str, threads: int) -> Engine:
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device != "cpu":
+        if _CUDA not in onnxruntime.get_available_providers():  # it would run on the CPU without a word
+            raise Unavailable("this onnxruntime runs on a CPU only", hint="pip install onnxruntime-gpu")
+        providers.insert(0, (_CUDA, {"device_id": int(device.partition(":")[2] or 0)}))
     session = onnxruntime.InferenceSession(str(directory / ONNX_FILE), options, providers=providers)
     names = {each.name for each in session.get_inputs()}
 
@@ -88,15 +97,47 @@ def open_aot(directory: Path, device: str, names: list[str]) -> Engine:
     return run
 
 
-def module_engine(module: Any, device: str) -> Engine:
-    """A torch module, on a device already."""
+def module_engine(module: Any, device: str, *, buckets: Subject | None = None) -> Engine:
+    """A torch module, on a device already.
+
+    Args:
+        buckets: of a module whose GPU graphs are captured by shape: batches are filled up to few shapes.
+    """
     import torch
 
     def run(batch: dict[str, Array]) -> Array:
+        items = len(next(iter(batch.values())))
+        longest = {name: value.shape[1] for name, value in batch.items() if value.ndim > 1}
+        if buckets is not None:
+            batch = fill_up(batch, buckets)
+        # A caller keeps an answer while the next one is made: graphs write all of theirs to the same place.
         with torch.inference_mode():
-            return as_array(module(**{name: torch.from_numpy(value).to(device) for name, value in batch.items()}))
+            output = as_array(module(**{name: torch.from_numpy(value).to(device) for name, value in batch.items()}))
+        if buckets is not None:
+            output = output[:items]
+            ragged = next((spec.name for spec in buckets.inputs if spec.ragged), None)
+            if ragged and output.ndim > 2 and output.shape[1] == batch[ragged].shape[1]:
+                output = output[:, : longest[ragged]]
+        return output
 
     return run
+
+
+def fill_up(batch: dict[str, Array], subject: Subject) -> dict[str, Array]:
+    """A batch of one of few shapes: items to the next power of two, lengths to the next of 16, 32, 64, 96, 128, …"""
+    found = {}
+    for spec in subject.inputs:
+        value = batch[spec.name]
+        rows = 1 << (len(value) - 1).bit_length()
+        # The first item again rather than zeros: attention over nothing is no number.
+        value = np.concatenate([value, np.repeat(value[:1], rows - len(value), axis=0)])
+        if spec.ragged:
+            size = value.shape[1]
+            wanted = 16 if size <= _SHORT else -(-size // _STEP) * _STEP
+            room = np.full((rows, wanted - size, *value.shape[2:]), 0 if spec.mask else spec.pad, value.dtype)
+            value = np.concatenate([value, room], axis=1)
+        found[spec.name] = value
+    return found
 
 
 def as_array(output: Any) -> Array:

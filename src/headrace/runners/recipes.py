@@ -15,6 +15,8 @@ from headrace.errors import Unavailable
 
 # Words for the run around the module, not for the module itself.
 PACKED = "packed"
+# Those that capture graphs of the GPU by shape.
+GRAPHS = frozenset({"reduce-overhead", "max-autotune"})
 
 
 def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
@@ -48,20 +50,6 @@ def _sdpa(module: torch.nn.Module) -> torch.nn.Module:
     if not changed:
         raise Unavailable("the module has no attention that can be exchanged: not a model of transformers")
     return module
-
-
-class _Half(torch.nn.Module):  # type: ignore[misc]  # torch is not analysed
-    """A module in another precision: its inputs are converted, its answer is float32 again."""
-
-    def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module = module.to(dtype)
-        self.dtype = dtype
-
-    def forward(self, **tensors: torch.Tensor) -> torch.Tensor:
-        changed = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        answer: torch.Tensor = self.module(**changed)
-        return answer.float()
 
 
 def _tf32(module: torch.nn.Module) -> torch.nn.Module:
@@ -115,8 +103,9 @@ def _nf4(module: torch.nn.Module) -> torch.nn.Module:
 
 def _compile(**options: Any) -> Callable[[torch.nn.Module, str], Any]:
     def compile_(module: torch.nn.Module, device: str) -> Any:
-        # Lengths differ from batch to batch: one graph for all of them, unless graphs of the GPU are captured by shape.
-        dynamic = device == "cpu" or "mode" not in options
+        # One graph for all lengths, unless graphs of the GPU are captured: those are made for few shapes.
+        torch._dynamo.config.recompile_limit = 64
+        dynamic = "mode" not in options
         return torch.compile(module, dynamic=dynamic, **options)
 
     return compile_
@@ -125,8 +114,8 @@ def _compile(**options: Any) -> Callable[[torch.nn.Module, str], Any]:
 _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "sdpa": _sdpa,
     "tf32": _tf32,
-    "bf16": lambda module: _Half(module, torch.bfloat16),
-    "fp16": lambda module: _Half(module, torch.float16),
+    "bf16": lambda module: module.to(torch.bfloat16),
+    "fp16": lambda module: module.to(torch.float16),
     "torch-int8-dynamic": _quantize_dynamic,
 }
 _ON_DEVICE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {

@@ -128,7 +128,9 @@ class _OneTensor(torch.nn.Module):  # type: ignore[misc]  # torch is not analyse
         self.model = model
 
     def forward(self, **tensors: torch.Tensor) -> torch.Tensor:
-        output = self.model(**tensors)
+        kind = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        # Whatever precision the module has been put into, items come as they are.
+        output = self.model(**{name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()})
         for name in ("logits", "last_hidden_state"):
             found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
             if isinstance(found, torch.Tensor):

@@ -297,7 +297,11 @@ def check() -> None:
         docket_worker.Worker: ("_cancellation_listener", "minimum_check_interval", "run_forever"),
         docket_worker._ProcessingSession: ("stopping", "cancellation_ready"),
         Docket: ("redelivery_sweep_key", "worker_group_name", "stream_key"),
-        RedisConnection: ("client", "pubsub", "prefix"),
+        RedisConnection: (
+            *("client", "pubsub", "prefix", "_connection_pool_from_url"),
+            *("_create_cluster_client", "_create_node_pool", "_cluster_pubsub", "_normalized_url"),
+        ),
+        OwnedSentinelConnectionPool: ("sentinel_clients",),
     }
     names = {
         name
