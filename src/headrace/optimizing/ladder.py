@@ -26,7 +26,7 @@ from headrace.optimizing import drift, measure, rungs
 from headrace.optimizing.child import Items, Job
 from headrace.optimizing.process import Failed, Process
 from headrace.optimizing.samples import divide
-from headrace.optimizing.words import Noise, Report, Row
+from headrace.optimizing.words import Cell, Noise, Report, Row
 from headrace.version import __version__
 
 Objective = Literal["latency", "throughput", "memory"]
@@ -107,6 +107,7 @@ class _Climb:
         self.job = Job(str(work), wish.target, wish.task, device, threads, samples=str(wish.samples.resolve()))
         self.job = msgspec.structs.replace(self.job, most_samples=wish.most_samples)
         self.rows: dict[str, Row] = {}
+        self.seen: dict[int, list[float]] = {}
         self._key = _digest(wish, self.job)
         if resume:
             self._read_rows()
@@ -131,9 +132,11 @@ class _Climb:
             row = self._baseline(baseline)
             self._keep(row)
             noise = self._noise(baseline)
+            self._time_baseline()
             for rung in self.wanted:
                 if rung.id != rungs.BASELINE and not self._is_done(rung.id):
                     self._keep(self._try(rung, baseline, noise))
+            self._time_baseline()
         finally:
             baseline.end()
         return Result(self._report(items, noise), self.job, self.work)
@@ -157,21 +160,48 @@ class _Climb:
             batched = self._outputs(process, max(_BATCHES))
         except Failed as failed:
             raise LoadError(f"the model cannot be run as it is: {failed.reason}", field="target") from None
-        cells = [measure.alone(process, cell) for cell in self.cells]
         peak = process.ask({"do": "peak"})["peak_bytes"]
-        measured = {**drift.batch_drift(self.wanted_outputs, batched)}
-        row = self._row(rungs.BASELINE, "baseline", cells, loaded, peak)
-        return msgspec.structs.replace(row, drift=measured, build_s=0.0)
+        return Row(
+            rung=rungs.BASELINE,
+            status="baseline",
+            speedup=1.0,
+            speedup_ci=(1.0, 1.0),
+            drift=drift.batch_drift(self.wanted_outputs, batched),
+            size_bytes=loaded["size_bytes"],
+            load_s=round(loaded["load_s"], 3),
+            build_s=0.0,
+            first_s=round(loaded["first_s"], 3),
+            peak_bytes=peak,
+            batch=self._objective_cell().batch,
+            length=self.length,
+        )
 
     def _noise(self, baseline: Process) -> Noise:
-        """The baseline beside itself: what is found then is the machine's."""
+        """The baseline beside itself: what is found then is the machine's. And its own times, of every cell."""
         twin = self._start("run", self.job)
         try:
             twin.ask()
-            timed = measure.compare(baseline, twin, self._objective_cell())
+            timed = {cell.batch: self._compare(baseline, twin, cell) for cell in self.cells}[
+                self._objective_cell().batch
+            ]
         finally:
             twin.end()
         return Noise(timed.ratio, timed.interval, timed.cpu_ratio, abs(timed.ratio - 1) > MOST_NOISE)
+
+    def _compare(self, baseline: Process, candidate: Process, cell: measure.Cell) -> Cell:
+        return measure.compare(baseline, candidate, cell, self.seen.setdefault(cell.batch, []))
+
+    def _time_baseline(self) -> None:
+        """Give the baseline's row the times that it had beside all the others."""
+        row = self.rows[rungs.BASELINE]
+        cells = [measure.alone(cell, self.seen[cell.batch]) for cell in self.cells]
+        main = next(cell for cell in cells if cell.batch == row.batch)
+        self.rows[rungs.BASELINE] = msgspec.structs.replace(
+            row,
+            cells=cells,
+            latency_ms={"p50": main.p50_ms, "p95": main.p95_ms},
+            throughput=main.throughput,
+        )
 
     def _try(self, rung: rungs.Rung, baseline: Process, noise: Noise) -> Row:
         reason = rung.missing(self.machine)
@@ -201,7 +231,7 @@ class _Climb:
         batched = self._outputs(process, max(_BATCHES))
         measured = drift.drift(self.subject.task, self.wanted_outputs, found, self.subject.activation)
         measured |= drift.batch_drift(found, batched)
-        cells = [measure.compare(baseline, process, cell) for cell in self.cells]
+        cells = [self._compare(baseline, process, cell) for cell in self.cells]
         peak = process.ask({"do": "peak"})["peak_bytes"]
         row = self._row(rung.id, "ok", cells, loaded, peak)
         row = msgspec.structs.replace(row, drift=measured, build_s=round(build_s, 2))

@@ -8,7 +8,7 @@ counts, with a bootstrap interval around it (Efron, 1979, the percentile method)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -43,18 +43,16 @@ def cells(numbers: Sequence[int], sizes: Sequence[int], rounds: int, seed: int =
     return found
 
 
-def alone(process: Process, cell: Cell) -> Timed:
-    """Run a cell on the baseline, which is compared with nothing."""
-    command = {"do": "time", "batches": cell.batches}
-    process.ask(command)
-    ordered = sorted(each for _ in range(max(2, cell.rounds // 3)) for each in process.ask(command)["each_s"])
+def alone(cell: Cell, seen: Sequence[float]) -> Timed:
+    """The baseline's own times of a cell, from all the pairs that it was part of."""
+    ordered = sorted(seen)
     p50_s = stats.median(ordered)
     p95_ms = stats.percentile(ordered, 0.95) * 1e3
     return Timed(cell.batch, 1.0, (1.0, 1.0), 1.0, p50_s * 1e3, p95_ms, cell.batch / p50_s, len(ordered))
 
 
-def compare(baseline: Process, candidate: Process, cell: Cell, progress: Callable[[], None] = lambda: None) -> Timed:
-    """Run a cell on both sides in turns. Raises `Failed` of the candidate."""
+def compare(baseline: Process, candidate: Process, cell: Cell, seen: list[float]) -> Timed:
+    """Run a cell on both sides in turns; the baseline's own times are added to ``seen``. Raises `Failed`."""
     command = {"do": "time", "batches": cell.batches}
     for side in (baseline, candidate):  # each shape once before it counts
         side.ask(command)
@@ -65,7 +63,7 @@ def compare(baseline: Process, candidate: Process, cell: Cell, progress: Callabl
         ratios.append(answers[baseline]["wall_s"] / answers[candidate]["wall_s"])
         cpu_ratios.append(answers[baseline]["cpu_s"] / max(answers[candidate]["cpu_s"], 1e-6))
         each += answers[candidate]["each_s"]
-        progress()
+        seen += answers[baseline]["each_s"]
     ordered = sorted(each)
     return Timed(
         batch=cell.batch,
