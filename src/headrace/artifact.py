@@ -163,13 +163,13 @@ def parse(directory: Path) -> Manifest:
             )
         manifest = msgspec.json.decode(content, type=Manifest)
     except OSError as error:
-        raise LoadError(f"cannot read {path}: {error.strerror}", field="target") from None
+        raise LoadError(f"cannot read {path}: {error.strerror}", field="target", hint=_AGAIN) from None
     except msgspec.DecodeError as error:
         raise LoadError(f"{path} is no manifest: {error}", field="target", hint=_AGAIN) from None
     named = [*manifest.files, *manifest.fallback, *([manifest.subject.text.tokenizer] if manifest.subject.text else [])]
     for name in map(PurePosixPath, named):
         if name.is_absolute() or ".." in name.parts:
-            raise LoadError(f"{path} names {name}, which is outside its directory", field="target")
+            raise LoadError(f"{path} names {name}, which is outside its directory", field="target", hint=_AGAIN)
     return manifest
 
 
@@ -187,7 +187,7 @@ def verify(directory: Path, manifest: Manifest) -> None:
         except FileNotFoundError:
             raise LoadError(f"{directory} lacks its file {name}", field="target", hint=_AGAIN) from None
         except OSError as error:
-            raise LoadError(f"cannot read {file}: {error.strerror}", field="target") from None
+            raise LoadError(f"cannot read {file}: {error.strerror}", field="target", hint=_AGAIN) from None
         raise LoadError(f"{file} is not the file that was made", field="target", hint=_AGAIN)
 
 

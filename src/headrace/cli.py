@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from headrace import config, ops_cli, optimize_cli, task_cli
-from headrace.errors import ConfigError, HeadraceError
+from headrace.errors import ConfigError, HeadraceError, RequestError
 from headrace.version import __version__
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -271,7 +271,9 @@ def run() -> None:
     try:
         main()
     except HeadraceError as error:
-        click.echo(f"headrace: {error.message}", err=True)
+        # A field of the configuration is named by its message; that of an input may be one of hundreds.
+        where = f"{error.field}: " if error.field and isinstance(error, RequestError) else ""
+        click.echo(f"headrace: {where}{error.message}", err=True)
         if error.hint:
             click.echo(f"  {error.hint}", err=True)
         sys.exit(2)

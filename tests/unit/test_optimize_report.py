@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -259,7 +258,7 @@ def test_progress_says_what_became_of_a_rung() -> None:
 def test_numbers_stay_short_and_keep_three_digits(value: float) -> None:
     told = summary.number(value)
     assert len(told) <= 9
-    if math.isfinite(value):
+    if abs(value) < 1e300:  # the largest floats round up to infinity
         assert float(told) == pytest.approx(value, rel=0.06)
 
 

@@ -1,0 +1,115 @@
+"""What an artifact asks of a machine, how its bounds are set, and where it may be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from headrace import artifact
+from headrace.artifact import Requires, Subject, TensorSpec
+from headrace.core import TextSpec
+from headrace.errors import ConfigError, LoadError
+from headrace.optimizing import rungs
+from headrace.optimizing.child import ITEMS, MACHINE, SUBJECT, Job
+from headrace.optimizing.pack import Way, assemble, bounds, check_out, requires
+
+TENSORS = Subject("module:factory", "logits", [TensorSpec("x", "float32", [2])], activation="none")
+TEXTS = msgspec.structs.replace(TENSORS, task="embed", text=TextSpec("tokenizer.json", 16, 100))
+FLAGS = ["avx2", "avx512_bitalg", "avx512_vnni", "fma", "sse4_2", "x86_64"]
+
+
+def job(folder: Path, device: str = "cpu", capability: float = 0.0) -> Job:
+    machine = rungs.Machine(device=device, threads=2, flags=FLAGS, packages={}, capability=capability)
+    (folder / MACHINE).write_bytes(msgspec.json.encode(machine))
+    return Job(str(folder), "module:factory", "auto", device, 2)
+
+
+def needed(folder: Path, rung: str, subject: Subject = TEXTS, **options: Any) -> Requires:
+    return requires(rungs.find(rung), job(folder, **options), subject)
+
+
+def test_the_model_as_it_is_runs_wherever_torch_does(tmp_path: Path) -> None:
+    for rung in ("fp32", "sdpa", "packed"):
+        assert needed(tmp_path, rung) == Requires(packages={"torch": "", "transformers": ""})
+    assert needed(tmp_path, "fp32", TENSORS).packages == {"torch": "", "safetensors": ""}
+
+
+def test_quantised_and_compiled_rungs_name_their_instructions_and_versions(tmp_path: Path) -> None:
+    versions = artifact.installed(["onnxruntime", "torch"])
+    plain = needed(tmp_path, "ort")
+    assert plain == Requires(packages={"onnxruntime": versions["onnxruntime"]}, device="cpu")
+    kernels = ["avx2", "avx512_vnni"]
+    for rung in ("ort-int8-dynamic", "ort-int8-dynamic+packed", "torch-int8-dynamic"):
+        assert needed(tmp_path, rung).isa == kernels
+    compiled = needed(tmp_path, "aot")
+    assert compiled.isa == ["avx2", "avx512_bitalg", "avx512_vnni", "fma"]
+    assert compiled.packages == {"torch": versions["torch"]}
+    assert needed(tmp_path, "bf16").isa == []
+    assert needed(tmp_path, "nf4").packages.keys() == {"torch", "transformers", "bitsandbytes"}
+
+
+def test_gpus_are_asked_for_what_a_rung_computes_with(tmp_path: Path) -> None:
+    gpu: dict[str, Any] = {"device": "cuda:1", "capability": 9.0}
+    for rung, capability in [("fp16", ""), ("bf16", "8.0"), ("fp8", "8.9"), ("bf16+aot", "9.0")]:
+        found = needed(tmp_path, rung, **gpu)
+        assert (found.device, found.capability, found.isa) == ("cuda", capability, [])
+    assert needed(tmp_path, "fp32", **gpu).device == "", "it can fall back to a CPU"
+
+
+def test_bounds_are_the_budget_or_a_little_more_than_the_golden_items_drift() -> None:
+    budget = {"cos_mean": 0.99, "kl_mean": 0.02}
+    assert bounds("x", budget, {"cos_mean": 0.995, "kl_mean": 0.001}) == pytest.approx(budget)
+    wider = bounds("x", budget, {"cos_mean": 0.98, "kl_mean": 0.03})
+    assert wider == pytest.approx({"cos_mean": 0.978, "kl_mean": 0.033})
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"cos_mean": 0.9, "kl_mean": 0.0},
+        {"cos_mean": 1.0, "kl_mean": 0.1},
+        {"cos_mean": float("nan"), "kl_mean": 0.0},
+        {"not_finite": 1.0},
+    ],
+)
+def test_golden_items_that_drift_far_are_no_reason_for_wide_bounds(measured: dict[str, float]) -> None:
+    with pytest.raises(LoadError, match="does not answer as its rung did"):
+        bounds("ort", {"cos_mean": 0.99, "kl_mean": 0.02}, measured)
+
+
+def test_only_an_artifact_is_written_over(tmp_path: Path) -> None:
+    check_out(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / artifact.MANIFEST).write_text("{}")
+    check_out(tmp_path / "earlier")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    for place in ("mine", "mine/thesis.tex"):
+        with pytest.raises(ConfigError, match="no artifact") as caught:
+            check_out(tmp_path / place)
+        assert caught.value.field == "out"
+
+
+def test_what_cannot_be_packed_leaves_the_place_as_it_was(tmp_path: Path) -> None:
+    """The model cannot be imported: no half of an artifact, nothing beside it."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    out.mkdir()
+    (out / artifact.MANIFEST).write_text("{}")
+    arrays = {f"{number}.x": np.zeros(2, np.float32) for number in range(8)}
+    np.savez(work / ITEMS, **arrays)  # type: ignore[arg-type]
+    (work / SUBJECT).write_bytes(msgspec.json.encode(TENSORS))
+    samples = work / "samples.jsonl"
+    samples.write_text('{"input": [0, 0]}\n' * 8)
+    begun = msgspec.structs.replace(job(work), target="no_such_module:make", samples=str(samples))
+    with pytest.raises(LoadError, match="there is no module 'no_such_module'"):
+        assemble(begun, [Way("fp32")], {"relative_error": 0.1}, out)
+    assert sorted(os.listdir(tmp_path)) == ["out", "work"]
+    assert (out / artifact.MANIFEST).read_text() == "{}"
