@@ -290,6 +290,7 @@ def test_where_nothing_is_left_each_reason_is_given(tmp_path: Path) -> None:
         ({"input_ids": 3}, "input.input_ids", "has shape []"),
         ({"input_ids": [[1], [2, 3]]}, "input.input_ids", "rows differ in length"),
         ({"input_ids": [[1, 2], [3, 4]]}, "input.input_ids", "has shape [2, 2]"),
+        ([[1, 2], [3, 4]], "input", "has shape [2, 2]"),
         ({"input_ids": [64]}, "input.input_ids", "ids go from 0 to 63"),
         ({"input_ids": [-1]}, "input.input_ids", "ids go from 0 to 63"),
         ({"input_ids": [2**63]}, "input.input_ids", "64 bits"),
@@ -325,6 +326,29 @@ def test_packed_batches_run_in_groups_of_near_lengths() -> None:
         assert np.allclose(found, [answer(item) for item in items], atol=1e-4)
         assert sizes == expected
         sizes.clear()
+
+
+@pytest.mark.parametrize(("recipe", "widths"), [([], [20] * 5), (["packed"], [20, 2, 20, 2, 20])])
+def test_an_artifact_is_run_packed_where_its_manifest_says_so(
+    tmp_path: Path, recipe: list[str], widths: list[int]
+) -> None:
+    """The model answers how many columns it was given."""
+    nodes = [
+        helper.make_node("Equal", ["input_ids", "input_ids"], ["always"]),
+        helper.make_node("Cast", ["always"], ["ones"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["ones", "columns"], ["output"], keepdims=0),
+    ]
+    make(tmp_path)
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["items", "length"])
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["items"])
+    columns = numpy_helper.from_array(np.array([1]), "columns")
+    graph = helper.make_graph(nodes, "width", [ids], [output], [columns])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.save(model, tmp_path / engines.ONNX_FILE)
+    write_golden(tmp_path, ITEMS, [len(item["input_ids"]) for item in ITEMS])
+    artifact.write(tmp_path, msgspec.structs.replace(artifact.parse(tmp_path), recipe=recipe))
+    items = [{"input_ids": np.full(width, 1)} for width in (20, 2, 20, 2, 20)]
+    assert load(tmp_path).runner.run(items) == widths
 
 
 def text_artifact(directory: Path, minilm: Path, task: str, **subject: Any) -> Path:

@@ -72,11 +72,11 @@ def pack(result: Result, out: Path) -> None:
     """
     report = result.report
     rows = {row.rung: msgspec.to_builtins(row) for row in report.rows}
-    ways = [Way(ident, rows.get(ident, {})) for ident in (report.chosen, *_fallbacks(report))]
+    ways = [Way(ident, rows.get(ident, {})) for ident in (report.chosen, *fallbacks(report))]
     assemble(result.job, ways, report.budget, out)
 
 
-def _fallbacks(report: Report) -> list[str]:
+def fallbacks(report: Report) -> list[str]:
     """The plain ONNX file where another one that needs no torch was chosen, and last the model as it is."""
     chosen = rungs.find(report.chosen)
     built = {row.rung for row in report.rows if row.status in ("ok", "not_faster", "noisy")}

@@ -299,7 +299,8 @@ def prepare(subject: Subject, value: Any) -> Item:
     if not isinstance(value, dict):
         if len(wanted) > 1:
             raise InvalidInput(f"must be an object of {', '.join(wanted)}", field="input")
-        value = {wanted[0]: value}
+        (spec,) = (spec for spec in subject.inputs if not spec.mask)
+        return {spec.name: _tensor(value, spec, "input")}
     specs = {spec.name: spec for spec in subject.inputs}
     for name in value:
         if name not in specs:
@@ -307,7 +308,7 @@ def prepare(subject: Subject, value: Any) -> Item:
     for name in wanted:
         if name not in value:
             raise InvalidInput("missing", field=f"input.{name}")
-    item = {name: _tensor(each, specs[name]) for name, each in value.items()}
+    item = {name: _tensor(each, specs[name], f"input.{name}") for name, each in value.items()}
     size = collate.length(item, subject)
     for name, array in item.items():
         if specs[name].ragged and len(array) != size:
@@ -315,8 +316,7 @@ def prepare(subject: Subject, value: Any) -> Item:
     return item
 
 
-def _tensor(value: Any, spec: TensorSpec) -> Array:
-    field = f"input.{spec.name}"
+def _tensor(value: Any, spec: TensorSpec, field: str) -> Array:
     try:
         array = np.asarray(value)
     except ValueError:
