@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from headrace.library import App, serve
+    from headrace.profiling.leak import find_leak
+    from headrace.profiling.watch import watch_torch
     from headrace.tasks_client import AsyncTasks, Task, TaskEvent, Tasks
     from headrace.tracking.export import MetricsMiddleware, metrics_app, start_metrics_server
     from headrace.tracking.track import track_llm_call, track_request, track_tool
@@ -53,12 +55,14 @@ __all__ = [
     "Unavailable",
     "__version__",
     "agent",
+    "find_leak",
     "metrics_app",
     "serve",
     "start_metrics_server",
     "track_llm_call",
     "track_request",
     "track_tool",
+    "watch_torch",
 ]
 
 _HOMES = {
@@ -74,12 +78,14 @@ _HOMES = {
     "Tasks": "tasks_client",
     "__version__": "version",
     "agent": "define",
+    "find_leak": "profiling.leak",
     "metrics_app": "tracking.export",
     "serve": "library",
     "start_metrics_server": "tracking.export",
     "track_llm_call": "tracking.track",
     "track_request": "tracking.track",
     "track_tool": "tracking.track",
+    "watch_torch": "profiling.watch",
 }
 
 

@@ -132,11 +132,13 @@ def main() -> None:
                 flush=True,
             )
 
-        climbed = climb(wish, Path(folder) / "work", tell=tell)
         result["by_hand_ms"] = by_hand(directory)
+        print("by hand", result["by_hand_ms"], flush=True)
+        torch.cuda.empty_cache()
+        climbed = climb(wish, Path(folder) / "work", tell=tell)
         result["report"] = msgspec.to_builtins(climbed.report)
         result["report"]["environment"]["packages"] = {}
-        print("by hand", result["by_hand_ms"], "chosen", climbed.report.chosen)
+        print("chosen", climbed.report.chosen)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 

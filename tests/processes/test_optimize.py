@@ -71,12 +71,14 @@ def test_a_module_that_takes_named_tensors_of_any_length(tmp_path: Path) -> None
             "--effort",
             "0.1",
             "--rungs",
-            "torch-int8-dynamic",
+            "torch-int8-dynamic,ort",
         ),
     )
     assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)["rows"][-1]
+    row, exported = json.loads(done.stdout)["rows"][-2:]
     assert row["drift"]["batch_cos_min"] > 0.99
+    assert exported["status"] in ("ok", "not_faster", "noisy"), exported["reason"]
+    assert exported["drift"]["cos_min"] > 0.9999
     assert 3 <= row["length"] <= 30
 
 

@@ -41,6 +41,7 @@ def export(
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     device = next(iter(module.parameters())).device
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    module = _Named(module, list(tensors))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporters' notes to their own developers
         if rung.engine == "onnx":
@@ -58,13 +59,19 @@ def _dynamic(subject: Subject, names: Sequence[str]) -> dict[str, dict[int, Any]
     return {name: {0: batch, 1: length} if ragged[name] else {0: batch} for name in names}
 
 
-def _shapes(module: Any, subject: Subject, names: Sequence[str]) -> dict[str, Any]:
-    """As `torch.export` wants them: by parameter, those taken as keywords under the name of that parameter."""
-    shapes: dict[str, Any] = _dynamic(subject, names)
-    for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            return {parameter.name: shapes}
-    return shapes
+class _Named(torch.nn.Module):  # type: ignore[misc]  # torch is not analysed
+    """A module under the names of its inputs: `torch.export` gives no shapes to what ``forward`` takes as keywords."""
+
+    def __init__(self, module: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+
+        def forward(*tensors: Any, **named: Any) -> Any:
+            return self.module(**dict(zip(names, tensors, strict=False)), **named)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def _onnx(
@@ -82,7 +89,7 @@ def _onnx(
         str(plain),
         kwargs=tensors,
         dynamo=True,
-        dynamic_shapes=_shapes(module, subject, list(tensors)),
+        dynamic_shapes=_dynamic(subject, list(tensors)),
         external_data=False,
         verbose=False,
     )
@@ -142,7 +149,7 @@ def _openvino(
 ) -> None:
     import openvino
 
-    shapes = _shapes(module, subject, list(tensors))
+    shapes = _dynamic(subject, list(tensors))
     program = torch.export.export(module, (), tensors, dynamic_shapes=shapes)
     model = openvino.convert_model(program)
     for port, name in zip(model.inputs, tensors, strict=False):
@@ -160,7 +167,7 @@ def _openvino(
 
 
 def _aot(subject: Subject, module: Any, tensors: dict[str, Any], directory: Path) -> None:
-    shapes = _shapes(module, subject, list(tensors))
+    shapes = _dynamic(subject, list(tensors))
     program = torch.export.export(module, (), tensors, dynamic_shapes=shapes)
     torch._inductor.aoti_compile_and_package(program, package_path=str(directory / AOT_FILE))
 

@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from low to high on pixels from start to end; values outside are drawn at the edge."""
+    """Values from low to high on pixels from start to end; what is lower than low is drawn there."""
 
     low: float
     high: float
@@ -40,7 +40,7 @@ class Axis:
     end: float
 
     def place(self, value: float) -> float:
-        value = min(max(value, self.low), self.high)
+        value = max(value, self.low)
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         share = ((math.log(value) if self.log else value) - low) / (high - low)
         return self.start + share * (self.end - self.start)

@@ -40,6 +40,7 @@ def optimize(
     except OSError as error:
         raise ConfigError(f"cannot write {work}: {error.strerror}", field="out") from None
     result = climb(wish, work, resume=resume, tell=tell)
+    report.write(result.report, work)  # what was measured is kept also where no artifact can be made of it
     pack(result, out)
     report.write(result.report, out)
     return result.report

@@ -134,6 +134,8 @@ def fill_up(batch: dict[str, Array], subject: Subject) -> dict[str, Array]:
         if spec.ragged:
             size = value.shape[1]
             wanted = 16 if size <= _SHORT else -(-size // _STEP) * _STEP
+            if subject.text is not None:  # the model has no positions beyond
+                wanted = max(size, min(wanted, subject.text.max_tokens))
             room = np.full((rows, wanted - size, *value.shape[2:]), 0 if spec.mask else spec.pad, value.dtype)
             value = np.concatenate([value, room], axis=1)
         found[spec.name] = value

@@ -26,6 +26,8 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
         Unavailable: a package for a step is missing; says which.
     """
     module = module.eval()
+    if recipe == ["sdpa"] and not any(hasattr(part, "set_attn_implementation") for part in module.modules()):
+        raise Unavailable("the module has no attention that can be exchanged: not a model of transformers")
     quantizing = [word for word in recipe if word in _ON_DEVICE]
     for word in recipe:
         if word in _BEFORE:
@@ -40,15 +42,11 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
 
 
 def _sdpa(module: torch.nn.Module) -> torch.nn.Module:
-    changed = False
     for part in module.modules():
         change = getattr(part, "set_attn_implementation", None)
         if change is not None:
             change("sdpa")
-            changed = True
-            break
-    if not changed:
-        raise Unavailable("the module has no attention that can be exchanged: not a model of transformers")
+            return module
     return module
 
 

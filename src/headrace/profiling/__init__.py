@@ -1,0 +1,1 @@
+"""Find what a program costs: time, memory, and what it never gives back."""
