@@ -452,17 +452,25 @@ def wait_for_end(server: Server, ident: str, timeout_s: float = 25.0) -> dict[st
     return dict(wait_until(look, timeout_s, f"the end of {ident}: {task_status(server, ident)}"))
 
 
-@pytest.fixture(scope="session")
-def redis_server() -> str:
-    """The program, installed if that is allowed here; with it comes `openssl`, for tests of TLS."""
-    install = "apt-get install -y --no-install-recommends redis-server openssl"
-    programs = ("redis-server", "openssl")
-    if not all(map(shutil.which, programs)) and shutil.which("apt-get") and os.geteuid() == 0:
+def programs_of(packages: str, *names: str) -> list[str]:
+    """Where programs of Debian packages are, installed if that is allowed here.
+
+    Without them a test is skipped; in CI it fails.
+    """
+    install = f"apt-get install -y --no-install-recommends {packages}"
+    if not all(map(shutil.which, names)) and shutil.which("apt-get") and os.geteuid() == 0:
         subprocess.run(f"apt-get update -qq; {install}", shell=True, capture_output=True, timeout=300, check=False)
-    if all(map(shutil.which, programs)):
-        # Not resolved: Debian's is a link to a program that looks at the name it is called by.
-        return str(shutil.which("redis-server"))
-    message = f"needs redis-server and openssl: {install}"
+    # Not resolved: some are links to a program that looks at the name it is called by.
+    found = [path for name in names if (path := shutil.which(name))]
+    if len(found) == len(names):
+        return found
+    message = f"needs {', '.join(names)}: {install}"
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> str:
+    """The program; with it comes `openssl`, for tests of TLS."""
+    return programs_of("redis-server openssl", "redis-server", "openssl")[0]

@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import os
-import shutil
 import subprocess
 import threading
 import time
@@ -19,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from conftest import Server, free_port, serving, wait_until
+from conftest import Server, free_port, programs_of, serving, wait_until
 from headrace.monitoring.alertmanager import Routing
 from headrace.monitoring.prometheus import Scraping
 from headrace.monitoring.render import render
@@ -42,26 +40,10 @@ CLEAN_S = 7.0
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, str]:
-    """Where the programs are, installed if that is allowed here. Debian gives Alertmanager a longer name."""
-    install = "apt-get install -y --no-install-recommends prometheus prometheus-alertmanager"
-
-    def find() -> dict[str, str]:
-        names = {
-            "prometheus": ["prometheus"],
-            "alertmanager": ["prometheus-alertmanager", "alertmanager"],
-            "amtool": ["amtool"],
-        }
-        places = {name: next(filter(None, map(shutil.which, known)), "") for name, known in names.items()}
-        return places if all(places.values()) else {}
-
-    if not find() and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(f"apt-get update -qq; {install}", shell=True, capture_output=True, timeout=300, check=False)
-    if found := find():
-        return found
-    message = f"needs Prometheus and Alertmanager: {install}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+    """Where the programs are. Debian gives Alertmanager a longer name."""
+    packages = "prometheus prometheus-alertmanager"
+    found = programs_of(packages, "prometheus", "prometheus-alertmanager", "amtool")
+    return dict(zip(("prometheus", "alertmanager", "amtool"), found, strict=True))
 
 
 @dataclass

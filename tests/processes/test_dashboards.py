@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import httpx
 import pytest
 
 from agents.scripted_llm import Line, ScriptedLLM
-from conftest import AGENTS, MODELS, Server, free_port, serving, submit, wait_for_end, wait_until
+from conftest import AGENTS, MODELS, Server, free_port, programs_of, serving, submit, wait_for_end, wait_until
 from headrace.monitoring.dashboards import dashboards
 
 SETTINGS = """
@@ -53,16 +51,7 @@ MAY_BE_EMPTY = {
 
 @pytest.fixture(scope="module")
 def prometheus_program() -> str:
-    """The program, installed if that is allowed here."""
-    install = "apt-get install -y --no-install-recommends prometheus"
-    if not shutil.which("prometheus") and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(f"apt-get update -qq; {install}", shell=True, capture_output=True, timeout=300, check=False)
-    if found := shutil.which("prometheus"):
-        return found
-    message = f"needs prometheus: {install}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+    return programs_of("prometheus", "prometheus")[0]
 
 
 @dataclass

@@ -4,9 +4,7 @@ scenarios say, and the scenarios reject the rules that are most often copied."""
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import programs_of
 from headrace.monitoring.alert import Alert
 from headrace.monitoring.prometheus import Scraping
 from headrace.monitoring.render import render, rule_file, scenario_file, scenarios
@@ -53,18 +52,8 @@ OTHERS = Thresholds(
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, str]:
-    """Where promtool and amtool are, installed if that is allowed here."""
-    install = "apt-get install -y --no-install-recommends prometheus prometheus-alertmanager"
-    wanted = ("promtool", "amtool")
-    if not all(map(shutil.which, wanted)) and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(f"apt-get update -qq; {install}", shell=True, capture_output=True, timeout=300, check=False)
-    found = {name: path for name in wanted if (path := shutil.which(name))}
-    if len(found) == len(wanted):
-        return found
-    message = f"needs promtool and amtool: {install}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+    names = ("promtool", "amtool")
+    return dict(zip(names, programs_of("prometheus prometheus-alertmanager", *names), strict=True))
 
 
 def run(*command: str | Path) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from conftest import (
     alive,
     children,
     free_port,
+    programs_of,
     stage,
     submit,
     task_status,
@@ -550,16 +550,7 @@ http {{
 
 @pytest.fixture(scope="module")
 def nginx() -> str:
-    """The program, installed if that is allowed here."""
-    install = "apt-get install -y --no-install-recommends nginx-light"
-    if not shutil.which("nginx") and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(f"apt-get update -qq; {install}", shell=True, capture_output=True, timeout=300, check=False)
-    if found := shutil.which("nginx"):
-        return found
-    message = f"needs nginx: {install}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+    return programs_of("nginx-light", "nginx")[0]
 
 
 @contextlib.contextmanager

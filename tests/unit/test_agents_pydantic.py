@@ -528,7 +528,7 @@ async def test_the_agent_s_dependencies_are_made_from_the_context() -> None:
         (ToolOutput(Found), Any),
         (lambda text: text, Any),
     ],
-    ids=str,
+    ids=["str", "model", "either", "list", "optional", "marker", "function"],
 )
 def test_the_result_is_written_by_the_output_type(output_type: Any, wanted: Any) -> None:
     function = durable(Agent(Script().model(), output_type=output_type), name="x", module="m")

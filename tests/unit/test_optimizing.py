@@ -28,6 +28,7 @@ def cell(ratio: float, low: float, high: float, cpu_ratio: float = 1.0, batch: i
 
 def row(rung: str, ratio: float = 2.0, low: float = 1.9, high: float = 2.1, **more: Any) -> Row:
     found = {"status": "ok", "speedup": ratio, "speedup_ci": (low, high), "drift": {"cos_mean": 1.0}, "peak_bytes": 100}
+    found |= {"batch": 1, "cells": [cell(ratio, low, high, more.pop("cpu_ratio", 1.0))]}
     return Row(rung=rung, **(found | more))
 
 
@@ -87,33 +88,44 @@ def test_bounds_are_broken_from_the_right_side() -> None:
 )
 def test_a_rung_is_faster_when_its_whole_interval_is(ratio: float, low: float, high: float, status: str) -> None:
     measured = row("ort", ratio, low, high)
-    assert judge(measured, cell(ratio, low, high), {"cos_mean": 0.99}, "latency", {}, QUIET)[0] == status
+    assert judge(measured, {"cos_mean": 0.99}, "latency", {}, QUIET)[0] == status
 
 
 def test_a_fast_rung_that_drifts_is_inaccurate() -> None:
     measured = row("ort", drift={"cos_mean": 0.9})
-    status, reason = judge(measured, cell(2, 1.9, 2.1), {"cos_mean": 0.99}, "latency", {}, QUIET)
+    status, reason = judge(measured, {"cos_mean": 0.99}, "latency", {}, QUIET)
     assert (status, reason) == ("inaccurate", "cos_mean 0.9 is under 0.99")
 
 
 def test_on_a_busy_machine_processor_time_decides() -> None:
     busy = Noise(1.3, (0.8, 1.9), 1.0, noisy=True)
-    assert judge(row("ort"), cell(0.9, 0.8, 1.0, cpu_ratio=2.0), {}, "latency", {}, busy)[0] == "ok"
-    assert judge(row("ort"), cell(2.0, 1.8, 2.2, cpu_ratio=1.0), {}, "latency", {}, busy)[0] == "not_faster"
+    assert judge(row("ort", 0.9, 0.8, 1.0, cpu_ratio=2.0), {}, "latency", {}, busy)[0] == "ok"
+    assert judge(row("ort", 2.0, 1.8, 2.2, cpu_ratio=1.0), {}, "latency", {}, busy)[0] == "not_faster"
+
+    rows = [row("sdpa", 3.0, 2.9, 3.1, cpu_ratio=1.2), row("ort", 1.0, 0.9, 1.1, cpu_ratio=2.0)]
+    assert choose(rows, "latency", busy) == "ort"
+
+
+def test_a_regression_is_compared_by_its_numbers() -> None:
+    wanted = [np.array([value], np.float32) for value in (1.0, 2.0, 3.0)]
+    found = [2 * each for each in wanted]
+    assert drift.drift("classify", wanted, found, "none")["relative_error"] == 1.0
+    assert drift.compared_as("classify", "none") == "logits"
+    assert drift.compared_as("classify", "softmax") == "classify"
 
 
 def test_memory_is_an_objective_of_its_own() -> None:
     base = {"fp32": row("fp32", peak_bytes=200)}
-    assert judge(row("nf4", peak_bytes=100), cell(0.5, 0.4, 0.6), {}, "memory", base, QUIET)[0] == "ok"
-    assert judge(row("ort", peak_bytes=199), cell(3, 2, 4), {}, "memory", base, QUIET)[0] == "not_faster"
-    assert choose([row("nf4", peak_bytes=100), row("bf16", peak_bytes=120)], "memory") == "nf4"
+    assert judge(row("nf4", 0.5, 0.4, 0.6, peak_bytes=100), {}, "memory", base, QUIET)[0] == "ok"
+    assert judge(row("ort", 3, 2, 4, peak_bytes=199), {}, "memory", base, QUIET)[0] == "not_faster"
+    assert choose([row("nf4", peak_bytes=100), row("bf16", peak_bytes=120)], "memory", QUIET) == "nf4"
 
 
 def test_the_best_is_chosen_and_among_equals_the_simplest() -> None:
-    assert choose([], "latency") == "fp32"
-    assert choose([row("ort", 3.0, status="inaccurate"), row("sdpa", 1.2, 1.1, 1.3)], "latency") == "sdpa"
-    assert choose([row("sdpa", 1.2, 1.1, 1.3), row("ort", 3.0, 2.9, 3.1)], "latency") == "ort"
-    assert choose([row("bf16+compile", 3.0, 2.5, 3.4), row("ort", 2.6, 2.5, 2.7)], "latency") == "ort"
+    assert choose([], "latency", QUIET) == "fp32"
+    assert choose([row("ort", 3.0, status="inaccurate"), row("sdpa", 1.2, 1.1, 1.3)], "latency", QUIET) == "sdpa"
+    assert choose([row("sdpa", 1.2, 1.1, 1.3), row("ort", 3.0, 2.9, 3.1)], "latency", QUIET) == "ort"
+    assert choose([row("bf16+compile", 3.0, 2.5, 3.4), row("ort", 2.6, 2.5, 2.7)], "latency", QUIET) == "ort"
     assert simplicity("sdpa") < simplicity("ort") < simplicity("bf16+compile")
 
 

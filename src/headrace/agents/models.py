@@ -94,14 +94,13 @@ class Heard(WrapperModel):
             raise
         finally:
             row, model = self._context.row, self.wrapped.model_name
-            row.counter(metrics.LLM_CALLS, provider=self.wrapped.system, model=model, status=status).inc()
+            row.by_status(metrics.LLM_CALLS, provider=self.wrapped.system, model=model)[status].inc()
             row.histogram(metrics.LLM_DURATION, model=model).observe(self._clock.monotonic() - began)
 
 
 def declare(model: Model, row: metrics.Row) -> None:
     """Make a model's series, so that they are there at 0 before its first request."""
-    for status in metrics.STATUSES:
-        row.counter(metrics.LLM_CALLS, provider=model.system, model=model.model_name, status=status)
+    row.by_status(metrics.LLM_CALLS, provider=model.system, model=model.model_name)
     row.histogram(metrics.LLM_DURATION, model=model.model_name)
 
 

@@ -76,12 +76,7 @@ def declare(agent: AbstractAgent[Any, Any], row: metrics.Row) -> None:
     for toolset in agent.toolsets:
         if isinstance(toolset, FunctionToolset):
             for name in toolset.tools:
-                _declare_tool(name, row)
-
-
-def _declare_tool(name: str, row: metrics.Row) -> None:
-    for status in metrics.STATUSES:
-        row.counter(metrics.TOOL_CALLS, tool_name=name, status=status)
+                row.by_status(metrics.TOOL_CALLS, tool_name=name)
 
 
 def _result_type(wanted: Any) -> Any:
@@ -235,7 +230,7 @@ class _Steps:
             status = status_of(error)
             raise
         finally:
-            self.context.row.counter(metrics.TOOL_CALLS, tool_name=name, status=status).inc()
+            self.context.row.by_status(metrics.TOOL_CALLS, tool_name=name)[status].inc()
         if outcome.raised not in ("approval", "deferred"):
             await self.context.emit(
                 "TOOL_CALL_RESULT",
@@ -299,7 +294,7 @@ class _Tools(WrapperToolset[Any]):
     async def get_tools(self, ctx: RunContext[Any]) -> dict[str, ToolsetTool[Any]]:
         tools = await self.wrapped.get_tools(ctx)
         for name in tools:
-            _declare_tool(name, self.steps.context.row)
+            self.steps.context.row.by_status(metrics.TOOL_CALLS, tool_name=name)
         return tools
 
     async def call_tool(

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from headrace.clock import wall
-from headrace.metrics.catalogue import CLOSED_LABELS, Kind, Metric
+from headrace.metrics.catalogue import CLOSED_LABELS, STATUSES, Kind, Metric
 
 LineKind = Literal["counter", "gauge", "histogram", "exemplars"]
 # How the name of a family's exemplars ends; they have a line of their own, which is not summed.
@@ -117,6 +117,7 @@ class Row:
     def __init__(self, path: Path | None = None) -> None:
         self._lock = threading.Lock()
         self._handles: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._by_status: dict[tuple[str, tuple[tuple[str, str], ...]], Mapping[str, Counter]] = {}
         self._map = map_file(path) if path else mmap.mmap(-1, _FILE_BYTES)
         if self._map[: len(_MAGIC)] != _MAGIC:
             _HEADER.pack_into(self._map, 0, _MAGIC, 0, 0)
@@ -130,6 +131,16 @@ class Row:
 
     def counter(self, metric: Metric, **labels: str) -> Counter:
         return self._handle(metric, "counter", labels)  # type: ignore[no-any-return]
+
+    def by_status(self, metric: Metric, **labels: str) -> Mapping[str, Counter]:
+        """The counters of a family that has the label ``status``: all of them, at 0 before their first event."""
+        key = metric.name, tuple(labels.items())
+        found = self._by_status.get(key)
+        if found is None:
+            found = {status: self.counter(metric, status=status, **labels) for status in STATUSES}
+            if len(self._by_status) < _MOST_SERIES:
+                self._by_status[key] = found
+        return found
 
     def gauge(self, metric: Metric, **labels: str) -> Gauge:
         return self._handle(metric, "gauge", labels)  # type: ignore[no-any-return]

@@ -177,15 +177,7 @@ def _open(job: Job, items: Items) -> tuple[Callable[[dict[str, Any]], Any], int]
         engine = engines.module_engine(module, job.device, buckets=items.subject if by_shape else None)
         return engine, recipes.bytes_of(module)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    names = [each.name for each in items.subject.inputs]
-    if rung.engine == "onnx":
-        return engines.open_onnx(directory, job.device, job.threads), size
-    if rung.engine == "openvino":
-        return engines.open_openvino(directory, job.device, job.threads), size
-    import torch
-
-    torch.set_num_threads(job.threads)
-    return engines.open_aot(directory, job.device, names), size
+    return engines.open_exported(rung.engine, directory, job.device, job.threads, items.subject), size
 
 
 class _Runner:
@@ -198,15 +190,7 @@ class _Runner:
 
     def run(self, numbers: list[int]) -> list[Any]:
         items = [self._items.all[number] for number in numbers]
-        if not self._packed:
-            return collate.split(self._engine(collate.collate(items, self._items.subject)), items, self._items.subject)
-        found: list[Any] = [None] * len(items)
-        for group in collate.near_lengths([self._items.lengths[number] for number in numbers]):
-            some = [items[index] for index in group]
-            answers = self._engine(collate.collate(some, self._items.subject))
-            for index, answer in zip(group, collate.split(answers, some, self._items.subject), strict=True):
-                found[index] = answer
-        return found
+        return collate.run(self._engine, items, self._items.subject, self._packed)
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         if command["do"] == "time":

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from headrace.artifact import Subject
@@ -170,12 +169,3 @@ def _aot(subject: Subject, module: Any, tensors: dict[str, Any], directory: Path
     shapes = _dynamic(subject, list(tensors))
     program = torch.export.export(module, (), tensors, dynamic_shapes=shapes)
     torch._inductor.aoti_compile_and_package(program, package_path=str(directory / AOT_FILE))
-
-
-def golden(subject: Subject, items: Sequence[collate.Item], outputs: Sequence[Any]) -> dict[str, Any]:
-    """Items and what the model as it is answers to them, as arrays for one file."""
-    found: dict[str, Any] = {}
-    for number, (item, output) in enumerate(zip(items, outputs, strict=True)):
-        found |= {f"in.{number}.{name}": array for name, array in item.items()}
-        found[f"out.{number}"] = np.asarray(output, np.float32)
-    return found

@@ -116,7 +116,8 @@ class _Climb:
         self._prepare()
         items = Items(self.work)
         self.subject = items.subject
-        self.budget = drift.budget(items.subject.task, self.wish.preset, self.wish.max_drift)
+        kind = drift.compared_as(items.subject.task, items.subject.activation)
+        self.budget = drift.budget(kind, self.wish.preset, self.wish.max_drift)
         self.calibration, self.evaluation = divide(len(items.all))
         self.job = msgspec.structs.replace(self.job, calibration=self.calibration)
         self.machine = msgspec.json.decode((self.work / "machine.json").read_bytes(), type=rungs.Machine)
@@ -235,7 +236,7 @@ class _Climb:
         peak = process.ask({"do": "peak"})["peak_bytes"]
         row = self._row(rung.id, "ok", cells, loaded, peak)
         row = msgspec.structs.replace(row, drift=measured, build_s=round(build_s, 2))
-        status, reason = judge(row, self._objective_row(row), self.budget, self.wish.objective, self.rows, noise)
+        status, reason = judge(row, self.budget, self.wish.objective, self.rows, noise)
         return msgspec.structs.replace(row, status=status, reason=reason)
 
     def _row(self, rung: str, status: str, cells: list[Any], loaded: dict[str, Any], peak: int) -> Row:
@@ -259,9 +260,6 @@ class _Climb:
     def _objective_cell(self) -> measure.Cell:
         return self.cells[0] if self.wish.objective == "latency" else self.cells[-1]
 
-    def _objective_row(self, row: Row) -> Any:
-        return next(cell for cell in row.cells if cell.batch == row.batch)
-
     def _outputs(self, process: Process, batch: int) -> list[Any]:
         batches = [self.evaluation[at : at + batch] for at in range(0, len(self.evaluation), batch)]
         file = str(self.work / "outputs.npz")
@@ -275,7 +273,7 @@ class _Climb:
         return Report(
             baseline=rungs.BASELINE,
             rows=rows,
-            chosen=choose(rows, self.wish.objective),
+            chosen=choose(rows, self.wish.objective, noise),
             preset=self.wish.preset,
             objective=self.wish.objective,
             task=self.subject.task,
@@ -322,7 +320,7 @@ class _Kept(msgspec.Struct):
 
 
 def judge(
-    row: Row, cell: Any, budget: Mapping[str, float], objective: str, rows: Mapping[str, Row], noise: Noise
+    row: Row, budget: Mapping[str, float], objective: str, rows: Mapping[str, Row], noise: Noise
 ) -> tuple[str, str]:
     """Status and reason of a measured rung."""
     broken = drift.breaches(row.drift, budget)
@@ -333,10 +331,7 @@ def judge(
         if (row.peak_bytes or 0) * LEAST_GAIN < base:
             return "ok", ""
         return "not_faster", f"takes {(row.peak_bytes or 0) / max(base, 1):.2f} of the baseline's memory"
-    ratio, (low, high) = cell.ratio, cell.interval
-    if noise.noisy:  # wall time says nothing here: processor time stands in for it
-        scale = cell.cpu_ratio / cell.ratio
-        ratio, low, high = cell.cpu_ratio, low * scale, high * scale
+    ratio, low, high = standing(_main_cell(row), noise)
     if low > LEAST_GAIN:
         return "ok", "ranked by processor time: the machine is too busy for wall time" if noise.noisy else ""
     if ratio > LEAST_GAIN and high - low > _WIDE:
@@ -344,17 +339,30 @@ def judge(
     return "not_faster", f"{ratio:.2f} times the baseline's speed"
 
 
-def choose(rows: Sequence[Row], objective: str) -> str:
+def standing(cell: Cell, noise: Noise) -> tuple[float, float, float]:
+    """How many times as fast as the baseline, with its interval: by wall time, on a machine too busy for that by
+    processor time."""
+    scale = cell.cpu_ratio / cell.ratio if noise.noisy else 1.0
+    low, high = cell.interval
+    return cell.ratio * scale, low * scale, high * scale
+
+
+def choose(rows: Sequence[Row], objective: str, noise: Noise) -> str:
     """The best row for an objective; of those that are as good within their intervals, the simplest."""
     fit = [row for row in rows if row.status == "ok"]
     if not fit:
         return rungs.BASELINE
     if objective == "memory":
         return min(fit, key=lambda row: row.peak_bytes or 0).rung
-    best = max(fit, key=lambda row: row.speedup or 0)
-    least = best.speedup_ci[0] if best.speedup_ci else 0
-    equals = [row for row in fit if (row.speedup or 0) >= least]
-    return min(equals, key=lambda row: simplicity(row.rung)).rung
+    stand = {row.rung: standing(_main_cell(row), noise) for row in fit}
+    _, least, _ = max(stand.values())
+    equals = [rung for rung, (ratio, _, _) in stand.items() if ratio >= least]
+    return min(equals, key=simplicity)
+
+
+def _main_cell(row: Row) -> Cell:
+    """The cell of the batch that the objective is about."""
+    return next(cell for cell in row.cells if cell.batch == row.batch)
 
 
 def simplicity(ident: str) -> tuple[int, int]:

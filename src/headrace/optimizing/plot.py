@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headrace.optimizing.summary import clip, loss, measure_of, number, p50, plain, speed_of
-from headrace.optimizing.words import ERRORS, Report, Row
+from headrace.optimizing.words import Report, Row
+from headrace.runners.drift import ERRORS
 
 WIDTH, HEIGHT = 800, 460
 LEFT, RIGHT, TOP, BOTTOM = 84, 20, 16, 58

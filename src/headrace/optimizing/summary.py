@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headrace.optimizing.words import ERRORS, Report, Row
+from headrace.optimizing.words import Report, Row
+from headrace.runners.drift import ERRORS
 
 # What a task's drift is shown by, where its budget bounds it: means say more than the worst of some hundred samples.
 _TELLING = ("kl_mean", "cos_mean", "relative_error", "cos_min")

@@ -19,9 +19,6 @@ STATUSES = (
     "noisy",
 )
 
-# Measures of drift where less is better. Of all others, 1 is perfect and more is better.
-ERRORS = frozenset({"kl_mean", "max_logit_diff", "flips", "relative_error", "not_finite"})
-
 
 class Cell(msgspec.Struct, frozen=True):
     """A rung beside the baseline at one batch size.
@@ -54,7 +51,7 @@ class Row(msgspec.Struct, frozen=True):
         speedup, speedup_ci: over the baseline at the objective's batch, with its 95 % interval.
         latency_ms: ``p50`` and ``p95`` of one call at that batch.
         throughput: items per second at that batch.
-        drift: measures of `drift.drift`; which of them mean an error, `ERRORS` says.
+        drift: measures of `drift.drift`; which of them mean an error, `drift.ERRORS` says.
         size_bytes: of the files, or of the weights in memory for a torch rung.
         first_s: the first call after loading.
         peak_bytes: the most memory that was used at once.
@@ -94,7 +91,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         chosen: rung of the row that won; the baseline's where none did.
-        budget: bounds of drift by measure: the most of `ERRORS`, the least of others.
+        budget: bounds of drift by measure: the most of `drift.ERRORS`, the least of others.
         environment: machine, versions and settings that the numbers belong to.
         noise: ``None`` if the control was not run.
         samples: ``count``, and how many of them were for ``evaluation`` and ``calibration``; ``length_p10``,

@@ -180,14 +180,10 @@ def _engine(directory: Path, manifest: Manifest, device: str) -> engines.Engine:
     # A worker's share of the cores, where there is one; else as many as it was measured with.
     share = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     threads = int(share) if share.isdigit() else manifest.threads
-    if manifest.engine == "onnx":
-        return engines.open_onnx(directory, device, threads)
-    if manifest.engine == "openvino":
-        return engines.open_openvino(directory, device, threads)
-    require_torch()
-    if manifest.engine == "aot":
-        return engines.open_aot(directory, device, [each.name for each in manifest.subject.inputs])
-    return _torch_engine(directory, manifest, device)
+    if manifest.engine == "torch":
+        require_torch()
+        return _torch_engine(directory, manifest, device)
+    return engines.open_exported(manifest.engine, directory, device, threads, manifest.subject)
 
 
 def _torch_engine(directory: Path, manifest: Manifest, device: str) -> engines.Engine:
@@ -227,7 +223,7 @@ def _loaded(directory: Path, manifest: Manifest, runner: _Runner, config: ModelC
         platform=_PLATFORMS[manifest.engine],
         device=device,
         item_schema=msgspec.json.encode({"type": "string", "maxLength": config.max_input_chars}),
-        output_schema=msgspec.json.encode(huggingface._OUTPUT_SCHEMAS[subject.task]),
+        output_schema=msgspec.json.encode(huggingface.OUTPUT_SCHEMAS[subject.task]),
         text=spec,
         width=subject.width,
     )
@@ -240,13 +236,7 @@ def _classify(subject: Subject) -> Callable[[Any], dict[str, Any]]:
     """Logits to scores by label, as for a model that was not made fast."""
 
     def classify(logits: Array) -> dict[str, Any]:
-        shares = logits
-        if subject.activation == "sigmoid":
-            shares = 1 / (1 + np.exp(-logits))
-        elif subject.activation == "softmax":
-            moved = np.exp(logits - logits.max())
-            shares = moved / moved.sum()
-        row = shares.tolist()
+        row = drift.shares(logits, subject.activation).tolist()
         best = max(range(len(row)), key=row.__getitem__)
         scores = dict(zip(subject.labels, row, strict=True))
         return {"label": subject.labels[best], "score": row[best], "scores": scores}

@@ -31,10 +31,20 @@ def drift(task: str, wanted: Sequence[Array], found: Sequence[Array], activation
     """
     if any(not np.isfinite(each).all() for each in found):
         return {"not_finite": 1.0}
-    if task == "embed":
+    kind = compared_as(task, activation)
+    if kind == "embed":
         return _embeddings(np.stack(wanted), np.stack(found))
-    if task == "classify":
+    if kind == "classify":
         return _classes(np.stack(wanted), np.stack(found), activation)
+    return _others(wanted, found)
+
+
+def compared_as(task: str, activation: str) -> str:
+    """The task whose measures say something: a regression has no classes that could agree."""
+    return "logits" if task == "classify" and activation == "none" else task
+
+
+def _others(wanted: Sequence[Array], found: Sequence[Array]) -> dict[str, float]:
     flat = [(a.ravel(), b.ravel()) for a, b in zip(wanted, found, strict=True)]
     scale = max(float(np.abs(a).max()) for a, _ in flat)
     cosines = np.array([_cosine(a, b) for a, b in flat])
@@ -78,7 +88,7 @@ def _embeddings(wanted: Array, found: Array) -> dict[str, float]:
 
 
 def _classes(wanted: Array, found: Array, activation: str) -> dict[str, float]:
-    p, q = _shares(wanted, activation), _shares(found, activation)
+    p, q = shares(wanted, activation), shares(found, activation)
     if activation == "softmax":
         kl = (p * (np.log(p + 1e-12) - np.log(q + 1e-12))).sum(-1)
     else:  # each class by itself
@@ -94,12 +104,15 @@ def _classes(wanted: Array, found: Array, activation: str) -> dict[str, float]:
     }
 
 
-def _shares(logits: Array, activation: str) -> Array:
+def shares(logits: Array, activation: str) -> Array:
+    """Scores of logits of shape (…, classes) by softmax, sigmoid or none."""
+    if activation == "none":
+        return logits
     if activation == "sigmoid":
         return 1 / (1 + np.exp(-logits.astype(np.float64)))
     moved = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    shares: Array = moved / moved.sum(-1, keepdims=True)
-    return shares
+    found: Array = moved / moved.sum(-1, keepdims=True)
+    return found
 
 
 def _cosine(a: Array, b: Array) -> float:
@@ -121,8 +134,8 @@ def _spearman(a: Array, b: Array) -> float:
 
 
 def _overlap(here: Array, there: Array, count: int) -> float:
-    shares = []
+    agreements = []
     for row, (a, b) in enumerate(zip(here, there, strict=True)):
         first, second = ({int(i) for i in order[: count + 1] if i != row} for order in (np.argsort(-a), np.argsort(-b)))
-        shares.append(len(first & second) / max(1, len(first)))
-    return float(np.mean(shares))
+        agreements.append(len(first & second) / max(1, len(first)))
+    return float(np.mean(agreements))

@@ -15,6 +15,7 @@ import numpy as np
 from headrace.artifact import Subject
 from headrace.errors import Unavailable
 from headrace.runners.collate import Array
+from headrace.runners.devices import require_torch
 
 
 class Engine(Protocol):
@@ -28,6 +29,23 @@ OPENVINO_FILE = "model.xml"
 AOT_FILE = "model.pt2"
 _CUDA = "CUDAExecutionProvider"
 _SHORT, _STEP = 16, 32
+
+
+def open_exported(kind: str, directory: Path, device: str, threads: int, subject: Subject) -> Engine:
+    """What a rung was exported to: onnx, openvino or aot.
+
+    Raises:
+        Unavailable: the library for it is not installed.
+    """
+    if kind == "onnx":
+        return open_onnx(directory, device, threads)
+    if kind == "openvino":
+        return open_openvino(directory, device, threads)
+    require_torch()
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return open_aot(directory, device, [each.name for each in subject.inputs])
 
 
 def open_onnx(directory: Path, device: str, threads: int) -> Engine:

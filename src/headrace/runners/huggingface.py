@@ -134,7 +134,7 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
         platform="transformers",
         device=device,
         item_schema=msgspec.json.encode({"type": "string", "maxLength": config.max_input_chars}),
-        output_schema=msgspec.json.encode(_OUTPUT_SCHEMAS[task]),
+        output_schema=msgspec.json.encode(OUTPUT_SCHEMAS[task]),
         text=spec,
         width=model.config.hidden_size if task == "embed" else 0,
     )
@@ -166,7 +166,7 @@ def text_spec(files: Files, model: Any, task: str, max_tokens: int) -> TextSpec:
 
 
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
-_OUTPUT_SCHEMAS: dict[str, Any] = {
+OUTPUT_SCHEMAS: dict[str, Any] = {
     "embed": _NUMBERS,
     "logits": _NUMBERS,
     "classify": {

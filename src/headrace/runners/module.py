@@ -159,7 +159,7 @@ def finish(output: Any) -> Any:
 def open_module(config: ModelConfig, module: torch.nn.Module, device: str, platform: str = "pytorch") -> Loaded:
     runner = ModuleRunner(module)
     runner.load(device)
-    read = functools.partial(prepare, vocabulary=_vocabulary(module))
+    read = functools.partial(prepare, vocabulary=vocabulary_of(module))
     info = ModelInfo(
         name=config.name,
         task="custom",
@@ -217,7 +217,7 @@ def _check_same_names(inputs: list[Any]) -> None:
         raise InvalidInput("items of one batch must name the same tensors", field="input")
 
 
-def _vocabulary(module: torch.nn.Module) -> int | None:
+def vocabulary_of(module: torch.nn.Module) -> int | None:
     """Rows of the table that ``input_ids`` are looked up in; ``None`` if that cannot be told."""
     parts = _embeddings(module)
     ask = getattr(module, "get_input_embeddings", None)

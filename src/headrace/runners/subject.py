@@ -114,8 +114,14 @@ def _open_module(target: str, task: str, samples: list[Any]) -> Opened:
         inputs.append(TensorSpec(_MASK, "int64", [0], mask=True))
     inputs = [msgspec.structs.replace(each, mask=each.name == _MASK) for each in inputs]
     inputs.sort(key=lambda each: names.index(each.name) if each.name in names else len(names))
+    vocabulary = module.vocabulary_of(made) or 0
+    inputs = [msgspec.structs.replace(each, below=vocabulary) if each.name == "input_ids" else each for each in inputs]
     subject = Subject(
-        target=target, task="logits" if task == "auto" else task, inputs=inputs, activation="none", named=named
+        target=target,
+        task="logits" if task == "auto" else task,
+        inputs=inputs,
+        activation="softmax" if task == "classify" else "none",
+        named=named,
     )
     return Opened(subject, _OneTensor(made).eval(), lambda sample: _arrays(sample, None, names[0]))
 

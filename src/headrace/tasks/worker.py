@@ -37,16 +37,14 @@ class AgentMetrics:
         self.active = row.gauge(metrics.AGENT_ACTIVE)
         self.lease_losses = row.counter(metrics.LEASE_LOSSES)
         self.know([*agents, "other"])
-        for status in metrics.STATUSES:
-            row.counter(metrics.LLM_CALLS, provider="other", model="other", status=status)
-            row.counter(metrics.TOOL_CALLS, tool_name="other", status=status)
+        row.by_status(metrics.LLM_CALLS, provider="other", model="other")
+        row.by_status(metrics.TOOL_CALLS, tool_name="other")
         row.histogram(metrics.LLM_DURATION, model="other")
 
     def know(self, agents: Iterable[str]) -> None:
         """Make the series of these agents."""
         for agent in agents:
-            for status in metrics.STATUSES:
-                self._row.counter(metrics.AGENT_REQUESTS, status=status, model=agent)
+            self._row.by_status(metrics.AGENT_REQUESTS, model=agent)
             self._row.histogram(metrics.AGENT_DURATION, model=agent)
             self._row.histogram(metrics.AGENT_TOKENS, model=agent)
             for lane in LANES:
@@ -58,7 +56,7 @@ class AgentMetrics:
 
     def ended(self, ended: Ended, tokens: int = 0) -> None:
         """Count a task at its end. Whoever brings it there does so, and there is one end."""
-        self._row.counter(metrics.AGENT_REQUESTS, status=ended.status, model=ended.agent).inc()
+        self._row.by_status(metrics.AGENT_REQUESTS, model=ended.agent)[ended.status].inc()
         age_s = max(0.0, wall() - ended.created_ms / 1000)
         self._row.histogram(metrics.AGENT_DURATION, model=ended.agent).observe(age_s, ended.id)
         self._row.histogram(metrics.TASK_DURATION, model=ended.agent, lane=ended.lane).observe(age_s)

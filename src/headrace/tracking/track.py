@@ -44,8 +44,7 @@ class track_request:  # noqa: N801 - it is used like a function, in `with` and i
 
     def __enter__(self) -> track_request:
         row = group().row
-        for status in metrics.STATUSES:  # there at 0 before the first one of them
-            row.counter(metrics.AGENT_REQUESTS, status=status, model=self.model)
+        row.by_status(metrics.AGENT_REQUESTS, model=self.model)
         row.gauge(metrics.AGENT_ACTIVE).inc()
         self._began = SYSTEM.monotonic()
         self._before = meter.set(self)
@@ -60,7 +59,7 @@ class track_request:  # noqa: N801 - it is used like a function, in `with` and i
                 meter.reset(self._before)
         row, took_s = group().row, SYSTEM.monotonic() - self._began
         status = self.status or (status_of(error) if error is not None else "success")
-        row.counter(metrics.AGENT_REQUESTS, status=status, model=self.model).inc()
+        row.by_status(metrics.AGENT_REQUESTS, model=self.model)[status].inc()
         row.histogram(metrics.AGENT_DURATION, model=self.model).observe(took_s)
         if self.tokens:
             row.histogram(metrics.AGENT_TOKENS, model=self.model).observe(self.tokens)
@@ -88,15 +87,14 @@ def track_llm_call(model: str, provider: str = "anthropic") -> Callable[[_Functi
 
     def ended(status: str, took_s: float, tokens: int) -> None:
         row = group().row
-        row.counter(metrics.LLM_CALLS, provider=provider, model=model, status=status).inc()
+        row.by_status(metrics.LLM_CALLS, provider=provider, model=model)[status].inc()
         row.histogram(metrics.LLM_DURATION, model=model).observe(took_s)
         around = meter.get()
         if around is not None:
             around.tokens += tokens
 
     def begun() -> None:
-        for status in metrics.STATUSES:
-            group().row.counter(metrics.LLM_CALLS, provider=provider, model=model, status=status)
+        group().row.by_status(metrics.LLM_CALLS, provider=provider, model=model)
 
     return _decorator(begun, ended)
 
@@ -105,11 +103,10 @@ def track_tool(name: str) -> Callable[[_Function], _Function]:
     """Count the calls of a tool, by how they ended: ``@hr.track_tool("search")``, on any kind of function."""
 
     def ended(status: str, took_s: float, tokens: int) -> None:
-        group().row.counter(metrics.TOOL_CALLS, tool_name=name, status=status).inc()
+        group().row.by_status(metrics.TOOL_CALLS, tool_name=name)[status].inc()
 
     def begun() -> None:
-        for status in metrics.STATUSES:
-            group().row.counter(metrics.TOOL_CALLS, tool_name=name, status=status)
+        group().row.by_status(metrics.TOOL_CALLS, tool_name=name)
 
     return _decorator(begun, ended)
 
