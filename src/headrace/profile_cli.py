@@ -41,7 +41,7 @@ def leak(
     Exit status: 0 whatever was found, unless --fail-on says otherwise.
     """
     from headrace.profiling.leak import find_leak
-    from headrace.profiling.leak_report import as_json, as_text
+    from headrace.profiling.leaking.report import as_json, as_text
 
     if sys.stderr.isatty():
         click.echo(f"calling {target}, {iterations} times to begin with, for {time_limit_s:g} s at most", err=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headrace.profiling.leak import find_leak
-from headrace.profiling.leak_report import as_json
+from headrace.profiling.leaking.report import as_json
 
 model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1)).cuda()
 optimizer = torch.optim.Adam(model.parameters())

@@ -90,7 +90,7 @@ CLEAN = ("training_step", "detached_sum", "inference")
 
 if __name__ == "__main__":
     from headrace.profiling.leak import find_leak
-    from headrace.profiling.leak_report import as_json
+    from headrace.profiling.leaking.report import as_json
 
     # What leaks comes last: it is looked at in every later search.
     for name in (*CLEAN, "bounded_outputs", "tensor_list", "loss_sum", "loss_list"):

@@ -19,9 +19,9 @@ import pytest
 from conftest import HEADRACE, ROOT
 from headrace.errors import ConfigError, LoadError, RunnerError
 from headrace.profiling.leak import find_leak
-from headrace.profiling.leak_process import confirmed
-from headrace.profiling.leak_report import LeakReport, Limit, as_text
-from headrace.profiling.lines import Line
+from headrace.profiling.leaking.lines import Line
+from headrace.profiling.leaking.process import confirmed
+from headrace.profiling.leaking.report import LeakReport, Limit, as_text
 
 LEAKS = ROOT / "tests" / "leaks"
 sys.path.append(str(LEAKS))

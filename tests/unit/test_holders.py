@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from headrace.profiling.containers import Looks, length_of, limit_of, resolve
-from headrace.profiling.holders import name_of, threads_of
-from headrace.profiling.lines import is_users
+from headrace.profiling.leaking.containers import Looks, length_of, limit_of, resolve
+from headrace.profiling.leaking.holders import name_of, threads_of
+from headrace.profiling.leaking.lines import is_users
 
 in_the_module: list[object] = []
 nested: dict[str, dict[str, list[object]]] = {"inner": {"list": []}}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.profiling.trend import Trend, drifts, levelled_at, mann_kendall, teeth, theil_sen, thin, trend
+from headrace.profiling.leaking.trend import Trend, drifts, levelled_at, mann_kendall, teeth, theil_sen, thin, trend
 
 
 def judge(make: Callable[[int], float], count: int = 100, *, floor: float = 0.0, least: float = 0.0) -> Trend:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.errors import ConfigError
-from headrace.profiling import leak_process
-from headrace.profiling.leak_report import LeakReport
-from headrace.profiling.search import Plan, search
-from headrace.profiling.trend import LEAST
+from headrace.profiling.leaking import process
+from headrace.profiling.leaking.report import LeakReport
+from headrace.profiling.leaking.search import Plan, search
+from headrace.profiling.leaking.trend import LEAST
 
 
 def find_leak(
@@ -44,7 +44,7 @@ def find_leak(
     if isinstance(fn, str):
         if setup is not None and not isinstance(setup, str):
             raise ConfigError("in another process, setup must be a name", field="setup", hint="module:callable")
-        return leak_process.find(fn, setup, plan)
+        return process.find(fn, setup, plan)
     if isinstance(setup, str):
         raise ConfigError("setup is a name, but the function is not", field="setup", hint="give both as functions")
     return search(fn, setup, plan)

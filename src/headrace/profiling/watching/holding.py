@@ -8,7 +8,7 @@ import types
 from collections import deque
 from typing import Any
 
-from headrace.profiling.lines import is_users
+from headrace.profiling.leaking.lines import is_users
 
 
 def holder_of(tensor: Any) -> str:

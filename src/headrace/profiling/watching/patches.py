@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from headrace.profiling.lines import is_users
+from headrace.profiling.leaking.lines import is_users
 
 Place = tuple[str, int]
 _MISSING = object()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.clock import perf_counter
-from headrace.profiling.lines import is_users
+from headrace.profiling.leaking.lines import is_users
 from headrace.profiling.watching.patches import Patches, Place
 
 # What is written for each, as a reader knows it.

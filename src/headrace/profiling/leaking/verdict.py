@@ -12,8 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from headrace.profiling.counts import Recorder
-from headrace.profiling.trend import Trend, levelled_at, trend
+from headrace.profiling.leaking.counts import Recorder
+from headrace.profiling.leaking.trend import Trend, levelled_at, trend
 
 Kind = Literal["graph", "tensors", "python", "threads", "fds", "native", "fragmentation"]
 # unsure: something rises, but not in the way of a leak; more calls will tell.

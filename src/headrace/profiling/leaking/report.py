@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from headrace import cgroups
-from headrace.profiling.lines import Line
+from headrace.profiling.leaking.lines import Line
 
 Verdict = Literal["no_leak", "warm_up", "bounded", "cycles", "fragmentation", "leak", "inconclusive"]
 LeakKind = Literal["graph", "tensors", "python", "threads", "fds", "native"]

@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
-from headrace.profiling import containers, counts, holders, lines
-from headrace.profiling.lines import Line
-from headrace.profiling.verdict import MEASURES, Suspicion
+from headrace.profiling.leaking import containers, counts, holders, lines
+from headrace.profiling.leaking.lines import Line
+from headrace.profiling.leaking.verdict import MEASURES, Suspicion
 
 _LOOKED_AT = 6  # growing containers that are named
 _SECONDS = 5.0

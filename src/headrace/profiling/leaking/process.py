@@ -19,9 +19,9 @@ import msgspec
 
 from headrace.clock import perf_counter
 from headrace.errors import Fault, HeadraceError, RunnerError, from_fault, to_fault
-from headrace.profiling.calls import import_function
-from headrace.profiling.leak_report import LeakReport
-from headrace.profiling.search import Plan, search
+from headrace.profiling.leaking.calls import import_function
+from headrace.profiling.leaking.report import LeakReport
+from headrace.profiling.leaking.search import Plan, search
 
 _FIRST_SHARE = 0.6  # of the time for the first process, which also traces back
 _GRACE_S = 3.0

@@ -21,12 +21,12 @@ import msgspec
 
 from headrace.clock import perf_counter
 from headrace.errors import ConfigError
-from headrace.profiling import attribution, containers, leak_report
-from headrace.profiling.calls import Calls, check
-from headrace.profiling.counts import Recorder, resident_bytes
-from headrace.profiling.leak_report import LeakReport
-from headrace.profiling.trend import LEAST, Trend
-from headrace.profiling.verdict import ENTRIES, MEASURES, Run, Suspicion, cycles, settled, suspect
+from headrace.profiling.leaking import attribution, containers, report
+from headrace.profiling.leaking.calls import Calls, check
+from headrace.profiling.leaking.counts import Recorder, resident_bytes
+from headrace.profiling.leaking.report import LeakReport, Limit, Verdict
+from headrace.profiling.leaking.trend import LEAST, Trend
+from headrace.profiling.leaking.verdict import ENTRIES, MEASURES, Run, Suspicion, cycles, settled, suspect
 
 _MOST_SAMPLES = 200  # of the first run
 _DOUBLINGS = 4
@@ -119,7 +119,7 @@ class Search:
         self._first = 0  # sample after the warm-up
         self.runs: list[Run] = []
         self._stopped = ""
-        self._memory_left = leak_report.memory_left()[1]
+        self._memory_left = report.memory_left()[1]
         self._resident = resident_bytes()
 
     def __enter__(self) -> Search:
@@ -324,7 +324,7 @@ class Search:
             )
         return msgspec.structs.replace(report, agreeing=agreeing, where=source.where, holder=source.holder)
 
-    def _as_report(self, verdict: leak_report.Verdict, reason: str, found: Suspicion | None = None) -> LeakReport:
+    def _as_report(self, verdict: Verdict, reason: str, found: Suspicion | None = None) -> LeakReport:
         """A report with the numbers of everything after the warm-up; of Python memory where nothing is suspected."""
         # What has levelled off is described by the end.
         run = Run(self.recorder, self._first, self.recorder.length) if found else self.runs[-1].without_beginning()
@@ -348,15 +348,15 @@ class Search:
             agreeing=1,
         )
 
-    def _limit(self, found: Suspicion, run: Run, seconds: float) -> leak_report.Limit | None:
+    def _limit(self, found: Suspicion, run: Run, seconds: float) -> Limit | None:
         last = self.recorder.last
         if found.measure == "threads":
-            return leak_report.limit_of_threads(run.trend("threads").slope, last("threads"), seconds)
+            return report.limit_of_threads(run.trend("threads").slope, last("threads"), seconds)
         if found.measure == "files":
-            return leak_report.limit_of_files(run.trend("files").slope, last("files"), seconds)
+            return report.limit_of_files(run.trend("files").slope, last("files"), seconds)
         on_gpu = max(run.trend(name).slope for name in ("cuda", "cuda_reserved"))
         limits = [
-            leak_report.limit_of_memory(max(run.trend(name).slope for name in ("traced", "heap", "resident")), seconds),
-            leak_report.limit_of_gpu_memory(on_gpu, seconds) if on_gpu > 0 else None,
+            report.limit_of_memory(max(run.trend(name).slope for name in ("traced", "heap", "resident")), seconds),
+            report.limit_of_gpu_memory(on_gpu, seconds) if on_gpu > 0 else None,
         ]
         return min(filter(None, limits), key=lambda each: each.iterations, default=None)

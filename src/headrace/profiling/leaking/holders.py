@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from headrace.profiling.containers import attributes
-from headrace.profiling.lines import is_users
+from headrace.profiling.leaking.containers import attributes
+from headrace.profiling.leaking.lines import is_users
 
 _DEEPEST = 6
 _MOST_OBJECTS = 60  # whose referrers are asked for; each asks the whole heap
@@ -99,7 +99,7 @@ def _is_frame_of_ours(referrer: Any) -> bool:
     return type(referrer) is types.FrameType and referrer.f_code.co_filename.startswith(_HERE)
 
 
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parents[1])
 
 
 def _name(referrer: Any, child: Any) -> Holder | None:

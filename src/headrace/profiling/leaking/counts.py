@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from headrace.profiling.containers import instances
+from headrace.profiling.leaking.containers import instances
 
 # What the watching itself changes, and what is therefore corrected for it.
 _BYTES = ("traced", "blocks", "heap", "heap_free", "resident")

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from headrace.clock import perf_counter
-from headrace.profiling.counts import Tensors, walk_graph
+from headrace.profiling.leaking.counts import Tensors, walk_graph
 
 FRAMES = 12  # of each allocation that are kept; the one in the user's code is wanted
 _MOST_LINES = 5
@@ -28,7 +28,7 @@ _LEAST_SHARE = 0.05
 
 def _library_folders() -> tuple[str, ...]:
     named = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders = [*named, *site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent.parent)]
+    folders = [*named, *site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[2])]
     return tuple({os.path.join(os.path.realpath(folder), "") for folder in folders if folder})
 
 
@@ -72,7 +72,7 @@ def _users_place(frames: list[tuple[str, int]]) -> tuple[str, int] | None:
     """The innermost frame in the user's code (frames are given oldest first), or the innermost one of a library.
 
     ``None`` for what headrace itself takes."""
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     if not frames or frames[-1][0].startswith(here) or frames[-1][0] == tracemalloc.__file__:
         return None
     return next((place for place in reversed(frames) if is_users(place[0])), frames[-1])

@@ -1,0 +1,1 @@
+"""A leak: counted, judged, confirmed, and traced to its lines and its holder."""
