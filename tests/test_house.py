@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "headrace"
 # From the ground up; a module may import from its own layer (but see PARTS) and from those below.
 PARTS = {"serving", "loadgen", "dynamic", "client", "tasks_client", "tasks", "agents", "tracking", "monitoring"}
 PARTS |= {"optimizing", "profiling"}
-COMMANDS = {"cli", "task_cli", "ops_cli", "optimize_cli", "profile_cli", "lint_cli"}
+COMMANDS = {"cli", "task_cli", "ops_cli", "optimize_cli", "profile_cli", "lint_cli", "compare_cli", "top_cli"}
 LAYERS = [
     {"errors", "clock", "log", "cgroups", "config", "version"},
     {"core", "metrics", "stats", "artifact"},
@@ -40,7 +40,7 @@ HOMES = {
     "openvino": {"runners", "optimizing"},
     "onnx": {"optimizing"},
     "nncf": {"optimizing"},
-    "torchao": {"runners"},
+    "torchao": {"runners", "optimizing"},
     "bitsandbytes": {"runners"},
     "fastapi": {"web", "serving", "tasks"},
     "starlette": {"web", "serving", "tasks"},
@@ -52,6 +52,8 @@ HOMES = {
     "ag_ui": {"tasks"},
     "psutil": {"machine", "tracking", "optimizing", "profiling"},
     "pynvml": {"machine"},
+    "line_profiler": {"profiling"},
+    "memray": {"profiling"},
     "pydantic_ai": {"agents"},
     "click": COMMANDS,
     "httptools": {"loadgen"},

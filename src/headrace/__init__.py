@@ -25,7 +25,12 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from headrace.library import App, serve
+    from headrace.optimizing.library import optimize
+    from headrace.profiling.block import profiling
     from headrace.profiling.leak import find_leak
+    from headrace.profiling.linewise import profile_lines, run_lines
+    from headrace.profiling.memory import memory_diff, memory_usage
+    from headrace.profiling.timing import timed, timeit
     from headrace.profiling.watch import watch_torch
     from headrace.tasks_client import AsyncTasks, Task, TaskEvent, Tasks
     from headrace.tracking.export import MetricsMiddleware, metrics_app, start_metrics_server
@@ -56,9 +61,17 @@ __all__ = [
     "__version__",
     "agent",
     "find_leak",
+    "memory_diff",
+    "memory_usage",
     "metrics_app",
+    "optimize",
+    "profile_lines",
+    "profiling",
+    "run_lines",
     "serve",
     "start_metrics_server",
+    "timed",
+    "timeit",
     "track_llm_call",
     "track_request",
     "track_tool",
@@ -79,9 +92,17 @@ _HOMES = {
     "__version__": "version",
     "agent": "define",
     "find_leak": "profiling.leak",
+    "memory_diff": "profiling.memory",
+    "memory_usage": "profiling.memory",
     "metrics_app": "tracking.export",
+    "optimize": "optimizing.library",
+    "profile_lines": "profiling.linewise",
+    "profiling": "profiling.block",
+    "run_lines": "profiling.linewise",
     "serve": "library",
     "start_metrics_server": "tracking.export",
+    "timed": "profiling.timing",
+    "timeit": "profiling.timing",
     "track_llm_call": "tracking.track",
     "track_request": "tracking.track",
     "track_tool": "tracking.track",

@@ -60,6 +60,7 @@ class Subject(msgspec.Struct, frozen=True):
             take tensors.
         width: of an embedding.
         named: items are objects of tensors, not a bare tensor.
+        ends: tokens at which what a language model writes is over.
     """
 
     target: str
@@ -70,6 +71,7 @@ class Subject(msgspec.Struct, frozen=True):
     text: TextSpec | None = None
     width: int = 0
     named: bool = True
+    ends: list[int] = []
 
 
 class FileDigest(msgspec.Struct, frozen=True):

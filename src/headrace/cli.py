@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from headrace import config, lint_cli, ops_cli, optimize_cli, profile_cli, task_cli
+from headrace import compare_cli, config, lint_cli, ops_cli, optimize_cli, profile_cli, task_cli, top_cli
 from headrace.errors import ConfigError, HeadraceError, RequestError
 from headrace.version import __version__
 
@@ -128,7 +128,10 @@ for _command in task_cli.COMMANDS:
 main.add_command(ops_cli.ops)
 main.add_command(optimize_cli.optimize)
 main.add_command(lint_cli.lint)
+main.add_command(profile_cli.profile)
 main.add_command(profile_cli.leak)
+main.add_command(compare_cli.compare)
+main.add_command(top_cli.top)
 
 
 @main.command(short_help="Stop the embedded task store.")

@@ -101,7 +101,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """What a front end must know of a model without importing it.
 
     ``item_schema`` is the JSON Schema of one item, encoded. ``width`` is the length of the vector an embedding model
-    answers with, 0 for anything else; ``streams`` whether answers can come in chunks.
+    answers with, 0 for anything else; ``streams`` whether answers can come in chunks; ``tensors`` whether items are
+    tensors, bare or by name, and so are the answers.
     """
 
     name: str
@@ -113,6 +114,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     text: TextSpec | None = None
     width: int = 0
     streams: bool = False
+    tensors: bool = False
 
 
 class Hello(msgspec.Struct, array_like=True, tag="hello"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def _bounds(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="where the artifact and the report go")
 @click.option(
     "--task",
-    type=click.Choice(["auto", "embed", "classify", "logits"]),
+    type=click.Choice(["auto", "embed", "classify", "generate", "logits"]),
     default="auto",
     show_default=True,
     help="what the answers are compared as",
@@ -54,6 +55,13 @@ def _bounds(context: click.Context, parameter: click.Parameter, values: tuple[st
     help="a bound of one measure, such as cos_mean=0.995; once for each",
 )
 @click.option(
+    "--drift",
+    default="",
+    metavar="MODULE:FUNCTION",
+    help="what measures drift instead: of two lists of arrays, wanted and found, a dictionary of numbers by name, "
+    "the less the better; --max-drift bounds them",
+)
+@click.option(
     "--objective",
     type=click.Choice(["latency", "throughput", "memory"]),
     default="latency",
@@ -64,6 +72,7 @@ def _bounds(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads [default: the cores]")
 @click.option("--cap-s", type=click.FloatRange(0), default=0.0, help="time for a build or an answer, seconds")
+@click.option("--cap-bytes", type=click.IntRange(0), default=0, help="memory for a process [default: 4/5 of all]")
 @click.option("--effort", type=click.FloatRange(0.1, 100), default=1.0, show_default=True, help="factor on timed pairs")
 @click.option("--resume", is_flag=True, help="keep the rows of an earlier climb")
 @click.option("--format", "shape", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -74,19 +83,21 @@ def optimize(
     task: str,
     preset: str,
     max_drift: dict[str, float],
+    drift: str,
     objective: Any,
     rungs: str,
     device: str,
     threads: int,
     cap_s: float,
+    cap_bytes: int,
     effort: float,
     resume: bool,
     shape: str,
 ) -> None:
     """Build, time and compare the ways to run TARGET on its own samples, and keep the best one that is exact enough.
 
-    TARGET: a Hugging Face directory or id, or module:factory that gives a torch.nn.Module. DIR gets an artifact that
-    `headrace serve DIR` runs, with report.json, report.md and report.html.
+    TARGET: a Hugging Face directory or id, module:factory that gives a torch.nn.Module, a TorchScript .pt, or an
+    exported .pt2. DIR gets an artifact that `headrace serve DIR` runs, with report.json, report.md and report.html.
     """
     from headrace.optimizing import report
     from headrace.optimizing.ladder import Wish
@@ -100,14 +111,22 @@ def optimize(
         task=task,
         preset=preset,
         max_drift=max_drift,
+        drift=drift,
         objective=objective,
         rungs=[each.strip() for each in rungs.split(",") if each.strip()],
         device=device,
         threads=threads,
         cap_s=cap_s,
+        cap_bytes=cap_bytes,
         effort=effort,
     )
-    found = run(wish, out, resume=resume, tell=lambda row: print(report.live(row), file=sys.stderr, flush=True))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the ladder's processes end with it
+    try:
+        found = run(wish, out, resume=resume, tell=lambda row: print(report.live(row), file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        if out is not None:
+            click.echo("\nheadrace: interrupted; --resume goes on from what was found until now", err=True)
+        raise
     click.echo(report.as_json(found) if shape == "json" else report.as_table(found))
     if out is not None:
         click.echo(f"\nheadrace serve {out}", err=shape == "json")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
+
+_RESAMPLES = 2000
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -25,6 +28,29 @@ def median(values: Sequence[float]) -> float:
     if len(ordered) % 2:
         return ordered[middle]
     return (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def interval(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of the median, by percentiles (Efron, 1979)."""
+    draw = random.Random(seed)
+    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    return _middle(medians, confidence)
+
+
+def ratio_interval(
+    over: Sequence[float], under: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of the ratio of two medians whose values are no pairs."""
+    draw = random.Random(seed)
+    ratios = sorted(
+        median(draw.choices(over, k=len(over))) / median(draw.choices(under, k=len(under))) for _ in range(_RESAMPLES)
+    )
+    return _middle(ratios, confidence)
+
+
+def _middle(ordered: Sequence[float], share: float) -> tuple[float, float]:
+    tail = (1 - share) / 2
+    return percentile(ordered, tail), percentile(ordered, 1 - tail)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -32,15 +32,19 @@ LENGTH = 128
 
 def make_model(directory: Path) -> None:
     """A BERT-base of random weights as a Hugging Face directory."""
+    make_tokenizer(directory)
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=30_522)).save_pretrained(directory)
+
+
+def make_tokenizer(directory: Path) -> None:
     words = {word: index for index, word in enumerate(["[PAD]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(30_000))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[SEP]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    torch.manual_seed(0)
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=30_522))
-    model.save_pretrained(directory)
+    directory.mkdir(exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
@@ -48,6 +52,25 @@ def make_samples(file: Path, count: int = 200) -> None:
     draw = random.Random(0)
     lines = [" ".join(f"w{draw.randrange(30_000)}" for _ in range(LENGTH - 2)) for _ in range(count)]
     file.write_text("".join(json.dumps({"input": line}) + "\n" for line in lines))
+
+
+def make_decoder(directory: Path) -> None:
+    """A decoder of Llama's shape with a billion parameters, random weights."""
+    make_tokenizer(directory)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=18,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=2048,
+    )
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(config)
+    print(sum(each.numel() for each in model.parameters()) / 1e9, "billion parameters")
+    model.save_pretrained(directory)
 
 
 def by_hand(directory: Path) -> dict[str, float]:
@@ -92,53 +115,75 @@ def card() -> dict[str, Any]:
     return found
 
 
+def tell(row: Any) -> None:
+    cells = {
+        cell.batch: [
+            round(cell.p50_ms, 2),
+            *([round(cell.tokens_per_s), round(cell.share_of_bandwidth or 0, 3)] if cell.tokens_per_s else []),
+        ]
+        for cell in row.cells
+    }
+    drift = {name: round(value, 6) for name, value in row.drift.items() if name in ("cos_min", "kl_mean", "top1")}
+    speed = row.speedup and round(row.speedup, 2)
+    print(row.rung, row.status, speed, cells, drift, "first", row.first_s, "s", row.reason[-300:], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["encoder", "decoder"], default="encoder")
     parser.add_argument("--rungs", default="")
+    parser.add_argument("--objective", default="throughput")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cap-s", type=float, default=240.0)
+    parser.add_argument("--effort", type=float, default=1.0)
     arguments = parser.parse_args()
+    writes = arguments.model == "decoder"
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
-        "model": f"BERT-base shape, random weights, {LENGTH} tokens",
+        "model": "Llama's shape, 1.05 B parameters" if writes else f"BERT-base's shape, {LENGTH} tokens",
+        "weights": "random",
         "card": card(),
     }
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         directory, samples = Path(folder) / "model", Path(folder) / "samples.jsonl"
-        make_model(directory)
+        (make_decoder if writes else make_model)(directory)
         make_samples(samples)
         wish = Wish(
             str(directory),
             samples,
-            objective="throughput",
+            objective=arguments.objective,
             rungs=[each for each in arguments.rungs.split(",") if each],
             device="cuda:0",
             cap_s=arguments.cap_s,
+            effort=arguments.effort,
         )
-
-        def tell(row: Any) -> None:
-            cells = {cell.batch: round(cell.p50_ms, 3) for cell in row.cells}
-            print(
-                row.rung,
-                row.status,
-                row.speedup and round(row.speedup, 2),
-                cells,
-                row.build_s,
-                row.reason[-300:],
-                flush=True,
-            )
-
-        result["by_hand_ms"] = by_hand(directory)
-        print("by hand", result["by_hand_ms"], flush=True)
+        if not writes:
+            result["by_hand_ms"] = by_hand(directory)
+            print("by hand", result["by_hand_ms"], flush=True)
         torch.cuda.empty_cache()
-        climbed = climb(wish, Path(folder) / "work", tell=tell)
+
+        def keep(row: Any) -> None:
+            """Told, and written at once: a machine that is lent may be gone before the last rung."""
+            tell(row)
+            result.setdefault("rows", []).append(msgspec.to_builtins(row))
+            if arguments.out:
+                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+        climbed = climb(wish, Path(folder) / "work", tell=keep)
+        del result["rows"]
         result["report"] = msgspec.to_builtins(climbed.report)
         result["report"]["environment"]["packages"] = {}
-        print("chosen", climbed.report.chosen)
+        tell(climbed.report.rows[0])
+        print("chosen", climbed.report.chosen, climbed.report.noise, climbed.report.environment["bandwidth"] / 1e12)
+        if not writes:
+            best = next(row for row in climbed.report.rows if row.rung == climbed.report.chosen)
+            shares = {cell.batch: result["by_hand_ms"][str(cell.batch)] / cell.p50_ms for cell in best.cells}
+            result["of_by_hand"] = {batch: round(share, 3) for batch, share in shares.items()}
+            print("of the speed by hand:", result["of_by_hand"])
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 
 import torch
 
@@ -35,3 +37,42 @@ class Words(torch.nn.Module):
 
 def crash() -> torch.nn.Module:
     os.abort()
+
+
+def layer() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(32, 8)
+
+
+def by_chance() -> torch.nn.Module:
+    """Other weights each time."""
+    torch.manual_seed(int.from_bytes(os.urandom(4)))
+    return torch.nn.Linear(32, 8)
+
+
+class Wayward(Rows):
+    """In bfloat16 it ends its process, in float16 it never answers, and where it is exported it takes all memory.
+
+    Each process that has one writes its number down, and starts another one besides.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        other = subprocess.Popen(["sleep", "600"])
+        with open(os.environ["WAYWARD_NOTES"], "a") as notes:
+            notes.write(f"{os.getpid()}\n{other.pid}\n")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            held = []
+            while True:
+                held.append(b"x" * (1 << 26))
+                time.sleep(0.01)
+        if self.scale.dtype == torch.bfloat16:
+            os.abort()
+        if self.scale.dtype == torch.float16:
+            with open(os.environ["WAYWARD_NOTES"], "a") as notes:
+                notes.write("hangs\n")
+            time.sleep(600)
+        return super().forward(x) * self.scale

@@ -180,6 +180,116 @@ def test_where_nothing_is_left_the_server_says_why_and_ends(quantised: Path, sma
         assert "ready:" not in done.stdout
 
 
+def test_an_exported_program_is_a_target_and_becomes_an_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(MODELS))
+    import torch
+    import torch_models
+
+    module = torch_models.WithMask().eval()
+    example = {name: torch.ones(2, 5, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    sizes = {0: torch.export.Dim("items", min=1, max=64), 1: torch.export.Dim("length", min=1, max=64)}
+    program = torch.export.export(module, (), example, dynamic_shapes=dict.fromkeys(example, sizes))
+    torch.export.save(program, tmp_path / "mine.pt2")
+    inputs = [{"input_ids": [(number * step) % 50 for step in range(1 + number % 7)]} for number in range(16)]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in inputs))
+    done = subprocess.run(
+        [HEADRACE, "optimize", "mine.pt2", "--samples", str(file), "--rungs", "bf16", "--out", "mine.hr"]
+        + ["--format", "json", "--effort", "0.1", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["rows"][1]
+    assert (row["status"], "it was made in float32" in row["reason"]) == ("unavailable", True)
+    names = {str(path.relative_to(tmp_path / "mine.hr")) for path in (tmp_path / "mine.hr").rglob("*.*")}
+    assert names >= {"headrace.json", "golden.npz", "report.json", "model/archive.pt2"}
+    (tmp_path / "mine.pt2").unlink()
+    loaded = open_target(ModelConfig(name="mine", target=str(tmp_path / "mine.hr")), "cpu")
+    assert (loaded.info.platform, loaded.info.tensors) == ("pytorch", True)
+    for item in inputs[:7]:
+        ids = item["input_ids"]
+        wanted = module(torch.tensor([ids]), torch.ones(1, len(ids)))["logits"][0].tolist()
+        answer = loaded.finish(loaded.runner.run([loaded.prepare(item)])[0])
+        assert answer.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def classifier(directory: Path, minilm: Path, **options: Any) -> str:
+    """One whose labels depend on the text, though its weights are made up."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    model = BertForSequenceClassification(BertConfig(**size, initializer_range=0.2, **options))
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, directory)
+    return str(directory)
+
+
+WORDS = "water wheel river stone model request batch memory light answer question garden winter engine".split()
+PHRASES = [
+    " ".join(WORDS[(number * step + step * step) % len(WORDS)] for step in range(2 + number % 9))
+    for number in range(40)
+]
+
+
+def test_a_classifier_is_as_sure_of_the_same_labels(tmp_path: Path, minilm: Path) -> None:
+    labels = ["bad", "fair", "good"]
+    source = classifier(tmp_path / "source", minilm, num_labels=3, id2label=dict(enumerate(labels)))
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps({"input": text}) + "\n" for text in PHRASES))
+    out = tmp_path / "model.hr"
+    done = subprocess.run(
+        [HEADRACE, "optimize", source, "--samples", str(file), "--rungs", "ort-int8-dynamic", "--out", str(out)]
+        + ["--preset", "balanced", "--effort", "0.1", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_bytes())
+    assert (report["task"], report["budget"]) == ("classify", {"top1": 0.98, "kl_mean": 0.02})
+    row = report["rows"][1]
+    assert row["status"] in ("ok", "not_faster", "noisy"), row["reason"]
+    assert row["drift"]["top1"] >= 0.98
+    assert 0 < row["drift"]["kl_mean"] <= 0.02
+    assert row["speedup_ci"][0] <= row["speedup"] <= row["speedup_ci"][1]
+
+    model = open_target(ModelConfig(name="m", target=source), "cpu")
+    assert model.info.text is not None
+    preparer = TextPreparer(model.info.text)
+    wanted = [model.finish(model.runner.run([preparer.text(text)])[0]) for text in PHRASES]
+    assert {each["label"] for each in wanted} == set(labels), "each label is somebody's"
+    with serving(tmp_path, str(out)) as server:
+        found = server.client.post("/predict", json={"inputs": PHRASES}).json()["predictions"]
+    for each in found:
+        assert each["score"] == max(each["scores"].values()) == each["scores"][each["label"]]
+    here, there = ([np.log(list(each["scores"].values())) for each in some] for some in (wanted, found))
+    measured = drift.drift("classify", here, there)
+    assert not drift.breaches(measured, report["budget"]), measured
+    assert measured["top1"] == np.mean([a["label"] == b["label"] for a, b in zip(wanted, found, strict=True)])
+
+
+def test_a_regression_gives_the_same_numbers(tmp_path: Path, minilm: Path) -> None:
+    source = classifier(tmp_path / "source", minilm, num_labels=1, problem_type="regression")
+    directory = made(tmp_path, source, ["ort"], PHRASES, {"relative_error": 1e-3})
+    answers = []
+    for target in (source, directory):
+        loaded = open_target(ModelConfig(name="m", target=str(target)), "cpu")
+        assert loaded.info.text is not None
+        preparer = TextPreparer(loaded.info.text)
+        outputs = [loaded.finish(loaded.runner.run([preparer.text(text)])[0]) for text in PHRASES[:8]]
+        answers.append([output["score"] for output in outputs])
+    assert np.ptp(answers[0]) > 0.1, "they depend on the text"
+    assert np.allclose(*answers, atol=1e-3 * np.abs(answers[0]).max())
+
+
 def test_no_file_of_an_artifact_is_a_pickle(small: Path, quantised: Path) -> None:
     kinds = {file.suffix for directory in (small, quantised) for file in directory.rglob("*") if file.is_file()}
     assert kinds == {".json", ".npz", ".onnx", ".safetensors"}

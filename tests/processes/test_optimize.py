@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import random
+import signal
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import HEADRACE, MODELS
+from conftest import HEADRACE, MODELS, alive, children, wait_until
+from headrace.config import ModelConfig
+from headrace.errors import ConfigError
+from headrace.optimizing.child import Job
+from headrace.optimizing.ladder import default_work
+from headrace.optimizing.library import optimize as optimize_here
+from headrace.optimizing.process import Failed, Process
+from headrace.runners import open_target
 
 pytestmark = pytest.mark.usefixtures("needs_proc")
 
+# A rung of a library that is not installed here, with the extra that brings it.
+ABSENT = {
+    "openvino": ("openvino", "openvino"),
+    "nf4": ("bitsandbytes", "quant"),
+    "torchao-int8-weights": ("torchao", "quant"),
+}
+SMALL = ("--effort", "0.1", "--threads", "1")
 
-def optimize(*arguments: str) -> subprocess.CompletedProcess[str]:
-    argv = [HEADRACE, "optimize", *arguments]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=100, cwd=MODELS)
+
+def command(*arguments: str) -> list[str]:
+    return [HEADRACE, "optimize", *arguments]
+
+
+def optimize(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, cwd=MODELS, **more)
 
 
 def samples(tmp_path: Path, *lines: Any) -> str:
@@ -31,55 +54,171 @@ def numbers(count: int = 24) -> list[dict[str, Any]]:
     return [{"input": [draw.gauss(0, 1) for _ in range(32)]} for _ in range(count)]
 
 
-def test_every_rung_has_a_row_with_its_reason(tmp_path: Path) -> None:
+@dataclass
+class Interrupted:
+    """A ladder that was ended with Ctrl-C while a rung did not answer."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    env: dict[str, str]
+    returncode: int
+    log: str
+    processes: list[int]
+
+    @property
+    def noted(self) -> list[int]:
+        """Processes that had the model, and those that the model has started."""
+        return [int(line) for line in (self.folder / "notes").read_text().split() if line.isdecimal()]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interrupted]:
+    folder = tmp_path_factory.mktemp("interrupted")
+    notes = folder / "notes"
+    env = {**os.environ, "WAYWARD_NOTES": str(notes)}
+    arguments = (
+        "ladder_models:Wayward",
+        "--samples",
+        samples(folder, *numbers()),
+        "--out",
+        str(folder / "w.hr"),
+        *SMALL,
+    )
+    arguments += ("--drift", "drift_functions:largest", "--max-drift", "largest=0.00001")
+    argv = command(*arguments, "--rungs", "torch-int8-dynamic,fp16")
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(argv, cwd=MODELS, env=env, stdout=log, stderr=log) as ladder,
+    ):
+        wait_until(lambda: notes.exists() and "hangs" in notes.read_text(), 90, "a rung that hangs")
+        below = children(ladder.pid)
+        ladder.send_signal(signal.SIGINT)
+        returncode = ladder.wait(10)
+    found = Interrupted(folder, arguments, env, returncode, (folder / "log").read_text(), below)
+    yield found
+    for pid in filter(alive, found.noted):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_ctrl_c_leaves_no_process_and_keeps_what_was_found(interrupted: Interrupted) -> None:
+    assert interrupted.returncode == 1
+    assert "interrupted; --resume goes on from what was found until now" in interrupted.log
+    assert "Traceback" not in interrupted.log
+    assert len(interrupted.processes) >= 3, "the model as it is, the rung that hangs, and what measures drift"
+    wait_until(lambda: not any(map(alive, interrupted.processes)), 5, "its processes are gone")
+    assert len(interrupted.noted) >= 8, "the preparation, the model twice, and two rungs have noted two each"
+    assert not any(map(alive, interrupted.noted))
+    rows = json.loads((default_work(interrupted.folder / "w.hr") / "rows.json").read_bytes())["rows"]
+    assert [row["rung"] for row in rows] == ["fp32", "torch-int8-dynamic"]
+
+
+def test_whatever_a_rung_does_it_has_a_row_and_the_ladder_goes_on(interrupted: Interrupted) -> None:
+    """Goes on from where it was interrupted, with rungs that end their processes."""
+    absent = next(rung for rung, (package, _) in ABSENT.items() if not installed(package))
+    ids = ["torch-int8-dynamic", "bf16", "ort", "sdpa", "tf32", absent]
     done = optimize(
-        "ladder_models:Rows",
-        *("--samples", samples(tmp_path, *numbers()), "--format", "json", "--effort", "0.1"),
-        *("--rungs", "sdpa,torch-int8-dynamic,tf32", "--max-drift", "relative_error=0.0001"),
+        *interrupted.arguments,
+        *("--resume", "--rungs", ",".join(ids), "--cap-bytes", str(1500 << 20), "--format", "json"),
+        env=interrupted.env,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     rows = {row["rung"]: row for row in report["rows"]}
-    assert list(rows) == ["fp32", "sdpa", "torch-int8-dynamic", "tf32"]
-    assert rows["fp32"]["status"] == report["baseline"].replace("fp32", "baseline")
-    assert rows["fp32"]["latency_ms"]["p50"] > 0
-    assert (rows["sdpa"]["status"], "no attention" in rows["sdpa"]["reason"]) == ("unavailable", True)
-    assert rows["torch-int8-dynamic"]["status"] == "inaccurate"
-    assert rows["torch-int8-dynamic"]["reason"].startswith("relative_error")
-    assert rows["torch-int8-dynamic"]["speedup_ci"][0] <= rows["torch-int8-dynamic"]["speedup"]
-    assert (rows["tf32"]["status"], rows["tf32"]["reason"]) == ("unavailable", "runs on an NVIDIA GPU only")
+    assert list(rows) == ["fp32", *ids]
+    assert (rows["fp32"]["status"], rows["fp32"]["latency_ms"]["p50"] > 0) == ("baseline", True)
+
+    kept = rows["torch-int8-dynamic"]
+    assert (kept["status"], kept["reason"].startswith("largest 0.0")) == ("inaccurate", True)
+    assert kept["speedup_ci"][0] <= kept["speedup"] <= kept["speedup_ci"][1]
+    assert kept["drift"].keys() >= {"largest", "batch_cos_min"}
+    assert "torch-int8-dynamic  " not in done.stderr, "rows of an earlier climb are not told again"
+
+    found = {rung: (rows[rung]["status"], rows[rung]["reason"]) for rung in ids[1:]}
+    assert found["bf16"][0] == "crashed"
+    assert "killed by SIGABRT" in found["bf16"][1]
+    assert found["ort"][0] == "out_of_memory", found["ort"]
+    assert "more than the cap of 1500 MiB" in found["ort"][1]
+    assert found["sdpa"][0] == "unavailable"
+    assert "no attention" in found["sdpa"][1]
+    assert found["tf32"] == ("unavailable", "runs on an NVIDIA GPU only")
+    package, extra = ABSENT[absent]
+    assert found[absent] == ("unavailable", f"{package} is not installed: pip install 'headrace[{extra}]'")
+
     assert report["chosen"] == "fp32"
-    assert report["environment"]["device"] == "cpu"
-    assert "torch-int8-dynamic" in done.stderr, "rows are told as they come"
+    assert report["budget"] == {"largest": 0.00001}
+    assert report["compared_by"] == "drift_functions:largest"
+    assert (interrupted.folder / "w.hr" / "headrace.json").exists()
+    assert len(interrupted.noted) >= 18
+    wait_until(lambda: not any(map(alive, interrupted.noted)), 5, "nothing of it is left")
 
 
-def test_a_module_that_takes_named_tensors_of_any_length(tmp_path: Path) -> None:
+def test_a_rung_that_does_not_answer_is_ended_in_time(
+    interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the ladder makes the row of, with a shorter cap than all of a ladder can have."""
+    monkeypatch.chdir(MODELS)
+    monkeypatch.setenv("WAYWARD_NOTES", str(interrupted.folder / "notes"))
+    work = str(default_work(interrupted.folder / "w.hr"))
+    job = Job(work, "ladder_models:Wayward", "auto", "cpu", 1, "fp16", str(interrupted.folder / "samples.jsonl"))
+    process = Process("run", job, interrupted.folder / "late", cap_s=5, most_bytes=1 << 40)
+    with pytest.raises(Failed) as failed:
+        process.ask()
+    assert (failed.value.status, failed.value.reason) == ("timeout", "not done within 5 s")
+    wait_until(lambda: not any(map(alive, interrupted.noted)), 5, "what the model has started is gone, too")
+
+
+def test_a_module_in_memory_is_optimised_and_nothing_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It takes named tensors of any length; its weights are not those that its factory makes."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(MODELS))
+    monkeypatch.chdir(MODELS)  # where the factory is imported from
+    import ladder_models
+
+    module = ladder_models.Words()
+    with torch.no_grad():
+        module.out.weight.mul_(3)
     draw = random.Random(0)
-    lines = [{"input_ids": [draw.randrange(100) for _ in range(draw.randrange(3, 30))]} for _ in range(24)]
-    done = optimize(
-        "ladder_models:Words",
-        *("--samples", samples(tmp_path, *lines), "--format", "json", "--effort", "0.1", "--rungs", "packed+bf16,nf5"),
+    inputs = [{"input_ids": torch.tensor([draw.randrange(100) for _ in range(length)])} for length in range(3, 27)]
+    told: list[str] = []
+    ladder = optimize_here(
+        module,
+        inputs,
+        rungs=["ort"],
+        effort=0.1,
+        threads=1,
+        out=tmp_path / "words.hr",
+        factory=ladder_models.Words,
+        tell=lambda row: told.append(row.rung),
     )
-    assert (done.returncode, "no rung 'nf5'" in done.stderr) == (2, True), done.stderr
-    done = optimize(
-        "ladder_models:Words",
-        *(
-            "--samples",
-            samples(tmp_path, *lines),
-            "--format",
-            "json",
-            "--effort",
-            "0.1",
-            "--rungs",
-            "torch-int8-dynamic,ort",
-        ),
-    )
-    assert done.returncode == 0, done.stderr
-    row, exported = json.loads(done.stdout)["rows"][-2:]
-    assert row["drift"]["batch_cos_min"] > 0.99
-    assert exported["status"] in ("ok", "not_faster", "noisy"), exported["reason"]
-    assert exported["drift"]["cos_min"] > 0.9999
-    assert 3 <= row["length"] <= 30
+    assert told == [row.rung for row in ladder.rows] == ["fp32", "ort"]
+    row = ladder.rows[1]
+    assert row.status in ("ok", "not_faster", "noisy"), row.reason
+    assert row.drift["cos_min"] > 0.9999
+    assert row.length is not None
+    assert 3 <= row.length <= 26
+    assert ladder.chosen in ("fp32", "ort")
+    assert ladder.report.target == "ladder_models.Words"
+    assert capfd.readouterr() == ("", "")
+
+    assert ladder.artifact == tmp_path / "words.hr"
+    for directory in filter(None, [ladder.artifact, *(tmp_path / "words.hr" / "fallback").glob("*")]):
+        loaded = open_target(ModelConfig(name="words", target=str(directory)), "cpu")
+        answer = loaded.finish(loaded.runner.run([loaded.prepare({"input_ids": [1, 2, 3]})])[0])
+        with torch.no_grad():
+            wanted = module(torch.tensor([[1, 2, 3]]), torch.ones(1, 3))[0]
+        assert answer.tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    with pytest.raises(ConfigError, match="is there already and is no artifact"):
+        ladder.save(tmp_path)
+
+
+def installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -89,6 +228,7 @@ def test_a_module_that_takes_named_tensors_of_any_length(tmp_path: Path) -> None
         ("no_such_module:Rows", "no module 'no_such_module'"),
         ("/nowhere/at/all", "neither a directory"),
         ("ladder_models:crash", "SIGABRT"),
+        ("ladder_models:by_chance", "answers otherwise each time it is loaded"),
     ],
 )
 def test_a_target_that_cannot_be_read_ends_it_with_the_reason(tmp_path: Path, target: str, told: str) -> None:
@@ -103,3 +243,11 @@ def test_a_sample_that_does_not_fit_is_named(tmp_path: Path) -> None:
     lines[7] = {"input": "words"}
     done = optimize("ladder_models:Rows", "--samples", samples(tmp_path, *lines))
     assert (done.returncode, "samples[7]" in done.stderr) == (2, True), done.stderr
+
+
+def test_an_option_that_cannot_be_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    file = samples(tmp_path, *numbers())
+    done = optimize("ladder_models:Rows", "--samples", file, "--rungs", "packed+bf16,nf5")
+    assert (done.returncode, "no rung 'nf5'" in done.stderr) == (2, True), done.stderr
+    done = optimize("ladder_models:Rows", "--samples", file, "--resume")
+    assert (done.returncode, "give --out DIR" in done.stderr) == (2, True), done.stderr

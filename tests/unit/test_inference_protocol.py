@@ -24,7 +24,7 @@ from headrace.serving.protocols.inference import Inference, Output, Tensor
 TEXT = ModelInfo("mini", "embed", "transformers", "cpu", text=TextSpec("tokenizer.json", 128, 1000), width=4)
 LOGITS = ModelInfo("mini", "logits", "transformers", "cpu", text=TEXT.text)
 CLASSIFY = ModelInfo("mini", "classify", "transformers", "cpu", b"{}", b'{"type":"object"}', text=TEXT.text)
-MODULE = ModelInfo("net", "custom", "pytorch", "cpu")
+MODULE = ModelInfo("net", "custom", "pytorch", "cpu", tensors=True)
 DATATYPES = {
     "BOOL": "?",
     "UINT8": "<u1",

@@ -138,7 +138,7 @@ def test_the_interval_of_a_median_holds_it() -> None:
 
 
 def test_both_sides_of_a_pair_run_the_same_batches() -> None:
-    one, other = (measure.cells(range(100), (1, 8, 32), 4) for _ in range(2))
+    one, other = (measure.cells(range(100), dict.fromkeys((1, 8, 32), 4)) for _ in range(2))
     assert one == other
     assert [len(each.batches[0]) for each in one] == [1, 8, 32]
 

@@ -15,7 +15,6 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,13 @@ from headrace.artifact import Subject, processor_flags
 from headrace.clock import perf_counter
 from headrace.errors import HeadraceError, to_fault
 from headrace.optimizing import rungs
+from headrace.optimizing.orphan import end_with_parent
+from headrace.optimizing.process import SAID
 from headrace.runners import collate
+from headrace.runners.opened import Instance
+from headrace.runners.way import GENERATE, Way, of_files, of_module
 
 ITEMS, SUBJECT, MACHINE = "items.npz", "subject.json", "machine.json"
-SAID = 3
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -40,6 +42,7 @@ class Job(msgspec.Struct, frozen=True):
         work: directory of the whole ladder.
         samples: file of samples, one JSON object with ``input`` a line.
         calibration: numbers of the items that static quantisation may look at.
+        instance: of a target that is an object.
     """
 
     work: str
@@ -51,6 +54,7 @@ class Job(msgspec.Struct, frozen=True):
     samples: str = ""
     most_samples: int = 1000
     calibration: list[int] = []
+    instance: Instance | None = None
 
 
 class Items:
@@ -70,6 +74,7 @@ class Items:
 
 def main(argv: list[str]) -> int:
     """Exit status `SAID` for an error that is the last line of standard error, as a `Fault` in JSON."""
+    end_with_parent()
     role, path = argv
     job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -89,16 +94,16 @@ def _prepare(job: Job, answers: Any) -> None:
     from headrace.runners.subject import open_subject
 
     samples = read(Path(job.samples), job.most_samples)
-    opened = open_subject(job.target, job.task, samples)
+    opened = open_subject(job.target, job.task, samples, job.instance)
     items = [opened.prepare(sample) for sample in samples]
     work = Path(job.work)
     arrays = {f"{number}.{name}": array for number, item in enumerate(items) for name, array in item.items()}
     np.savez(work / ITEMS, **arrays)  # type: ignore[arg-type]  # numpy's own names for its options come first
     (work / SUBJECT).write_bytes(msgspec.json.encode(opened.subject))
-    (work / MACHINE).write_bytes(msgspec.json.encode(_machine(job)))
+    (work / MACHINE).write_bytes(msgspec.json.encode(_machine(job, opened.subject.task)))
 
 
-def _machine(job: Job) -> rungs.Machine:
+def _machine(job: Job, task: str) -> rungs.Machine:
     """What this process can see of the machine it runs on."""
     import torch
 
@@ -121,7 +126,25 @@ def _machine(job: Job) -> rungs.Machine:
         processor=processor,
         python=platform.python_version(),
         memory_bytes=psutil.virtual_memory().total,
+        bandwidth=_bandwidth(job) if task == GENERATE else 0.0,
     )
+
+
+def _bandwidth(job: Job) -> float:
+    """Bytes per second that are read and written by copies of something that no cache holds, the best of several."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    source = torch.ones(1 << (28 if job.device == "cpu" else 30), dtype=torch.uint8, device=job.device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        began = perf_counter()
+        target.copy_(source)
+        if job.device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, perf_counter() - began)
+    return float(2 * source.numel() / best)
 
 
 def _build(job: Job, answers: Any) -> None:
@@ -129,86 +152,85 @@ def _build(job: Job, answers: Any) -> None:
     if rung.engine == "torch":
         return
     from headrace.optimizing import export
+    from headrace.runners import recipes
 
     items = Items(Path(job.work))
     directory = rungs.directory_of(Path(job.work), job.rung)
     directory.mkdir(parents=True, exist_ok=True)
-    opened, module = _module(job, list(rung.recipe))
+    opened = _opened(job)
+    module = recipes.apply(list(rung.recipe), opened.module, job.device)
     example = [items.all[index] for index in job.calibration[:2] or [0, 1 % len(items.all)]]
     export.export(rung, opened.subject, module, example, [items.all[index] for index in job.calibration], directory)
 
 
-def _module(job: Job, recipe: list[str]) -> tuple[Any, Any]:
+def _opened(job: Job) -> Any:
     import torch
 
     from headrace.optimizing.samples import read
-    from headrace.runners import recipes
     from headrace.runners.subject import open_subject
 
     torch.set_num_threads(job.threads)
-    opened = open_subject(job.target, job.task, read(Path(job.samples), job.most_samples))
-    return opened, recipes.apply([word for word in recipe if word != recipes.PACKED], opened.module, job.device)
+    opened = open_subject(job.target, job.task, read(Path(job.samples), job.most_samples), job.instance)
+    rung = rungs.find(job.rung)
+    opened.make_ready(rung.engine, rung.recipe)
+    return opened
 
 
 def _run(job: Job, answers: Any) -> None:
     began = perf_counter()
     items = Items(Path(job.work))
-    engine, size = _open(job, items)
-    packed = "packed" in rungs.find(job.rung).recipe
-    runner = _Runner(items, engine, packed)
+    way = _open(job, items)
     first = perf_counter()
-    runner.run([0])
-    tell(answers, load_s=first - began, first_s=perf_counter() - first, size_bytes=size)
+    way.answer([items.all[0]])
+    loaded = {"load_s": first - began, "first_s": perf_counter() - first}
+    tell(answers, **loaded, size_bytes=way.size_bytes, step_bytes=way.step_bytes)
+    asked = _Asked(items, way)
     for line in sys.stdin:
-        command = json.loads(line)
-        tell(answers, **runner.answer(command))
+        tell(answers, **asked.answer(json.loads(line)))
 
 
-def _open(job: Job, items: Items) -> tuple[Callable[[dict[str, Any]], Any], int]:
-    from headrace.runners import engines
-
+def _open(job: Job, items: Items) -> Way:
     rung = rungs.find(job.rung)
-    directory = rungs.directory_of(Path(job.work), job.rung)
     if rung.engine == "torch":
-        from headrace.runners import recipes
-
-        _, module = _module(job, list(rung.recipe))
-        by_shape = not recipes.GRAPHS.isdisjoint(rung.recipe)
-        engine = engines.module_engine(module, job.device, buckets=items.subject if by_shape else None)
-        return engine, recipes.bytes_of(module)
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return engines.open_exported(rung.engine, directory, job.device, job.threads, items.subject), size
+        return of_module(_opened(job).module, rung.recipe, job.device, items.subject)
+    directory = rungs.directory_of(Path(job.work), job.rung)
+    return of_files(rung.engine, directory, rung.recipe, job.device, job.threads, items.subject)
 
 
-class _Runner:
-    """Runs batches of the items, given as lists of their numbers."""
+class _Asked:
+    """Answers the ladder's commands; items are named by their numbers."""
 
-    def __init__(self, items: Items, engine: Callable[[dict[str, Any]], Any], packed: bool) -> None:
+    def __init__(self, items: Items, way: Way) -> None:
         self._items = items
-        self._engine = engine
-        self._packed = packed
+        self._way = way
 
-    def run(self, numbers: list[int]) -> list[Any]:
-        items = [self._items.all[number] for number in numbers]
-        return collate.run(self._engine, items, self._items.subject, self._packed)
+    def _of(self, numbers: list[int]) -> list[collate.Item]:
+        return [self._items.all[number] for number in numbers]
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         if command["do"] == "time":
-            wall, cpu = perf_counter(), _cpu_s()
-            each = []
-            for numbers in command["batches"]:
-                start = perf_counter()
-                self.run(numbers)
-                each.append(perf_counter() - start)
-            return {"wall_s": perf_counter() - wall, "cpu_s": _cpu_s() - cpu, "each_s": each}
+            return self._time([self._of(numbers) for numbers in command["batches"]], command["least_s"])
         if command["do"] == "outputs":
             outputs = {}
             for numbers in command["batches"]:
-                for number, output in zip(numbers, self.run(numbers), strict=True):
+                for number, output in zip(numbers, self._way.answer(self._of(numbers)), strict=True):
                     outputs[str(number)] = np.asarray(output, np.float32)
             np.savez(command["file"], **outputs)  # type: ignore[arg-type]
             return {"file": command["file"]}
         return {"peak_bytes": _peak_bytes(), "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    def _time(self, batches: list[list[collate.Item]], least_s: float) -> dict[str, Any]:
+        """Run all batches again and again until the time is over, once at least; wall and CPU time are of one pass."""
+        wall, cpu = perf_counter(), _cpu_s()
+        calls = []
+        passes = 0
+        while not passes or perf_counter() - wall < least_s:
+            for batch in batches:
+                start = perf_counter()
+                apart = self._way.work(batch)
+                calls.append({"s": perf_counter() - start} | apart)
+            passes += 1
+        return {"wall_s": (perf_counter() - wall) / passes, "cpu_s": (_cpu_s() - cpu) / passes, "calls": calls}
 
 
 def _peak_bytes() -> int:

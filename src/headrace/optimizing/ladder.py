@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import psutil
 
 from headrace import stats
 from headrace.clock import perf_counter, wall
@@ -24,9 +23,12 @@ from headrace.config import usable_cpus
 from headrace.errors import ConfigError, Fault, LoadError, from_fault
 from headrace.optimizing import drift, measure, rungs
 from headrace.optimizing.child import Items, Job
-from headrace.optimizing.process import Failed, Process
+from headrace.optimizing.comparison import Comparison
+from headrace.optimizing.process import Failed, Process, usual_cap
 from headrace.optimizing.samples import divide
 from headrace.optimizing.words import Cell, Noise, Report, Row
+from headrace.runners.opened import Instance
+from headrace.runners.way import GENERATE
 from headrace.version import __version__
 
 Objective = Literal["latency", "throughput", "memory"]
@@ -36,11 +38,15 @@ LEAST_GAIN = 1.05
 # An A/A control that is off by more says that the machine is too busy for wall time.
 MOST_NOISE = 0.05
 _WIDE = 0.2
-_BATCHES = (1, 8, 32)
+# Pairs of runs by batch size. Writing takes long: two sizes, and few texts at whose ends distributions are compared.
 _ROUNDS = {1: 12, 8: 8, 32: 6}
+_ROUNDS_OF_WRITING = {1: 6, 8: 5}
+_CALLS_OF_WRITING = 2
+_TEXTS_COMPARED = 16
+# Items by which it is seen that the model is the same each time it is loaded.
+_CONTROLLED = 4
 _ROW_FILE = "rows.json"
 _CAP_S = {"cpu": 120.0, "cuda": 600.0}
-_SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,12 @@ class Wish:
     Args:
         samples: file of samples, see `samples.read`.
         max_drift: bounds by measure, on top of the preset's.
+        drift: ``module:function`` that measures drift instead of the task's measures, see `own_drift`; what it gives is
+            the less the better, and bounded by ``max_drift`` alone.
         rungs: ids to try; the usual ones of this machine when empty.
         cap_s: of a build and of each measurement; 0 is 120 s on a CPU, 600 s on a GPU.
+        instance: the target, where it is an object: then ``target`` names it.
+        cap_bytes: memory of each process; 0 is four fifths of the machine's.
         effort: factor on the number of timed pairs.
     """
 
@@ -65,6 +75,9 @@ class Wish:
     device: str = "auto"
     threads: int = 0
     cap_s: float = 0.0
+    cap_bytes: int = 0
+    drift: str = ""
+    instance: Instance | None = None
     most_samples: int = 500
     effort: float = 1.0
 
@@ -103,11 +116,12 @@ class _Climb:
         device = _device(wish.device)
         threads = wish.threads or (usable_cpus() if device == "cpu" else min(4, usable_cpus()))
         self.cap_s = wish.cap_s or _CAP_S[device.partition(":")[0]]
-        self.most_bytes = int(psutil.virtual_memory().total * _SHARE_OF_MEMORY)
+        self.most_bytes = wish.cap_bytes or usual_cap()
         self.job = Job(str(work), wish.target, wish.task, device, threads, samples=str(wish.samples.resolve()))
-        self.job = msgspec.structs.replace(self.job, most_samples=wish.most_samples)
+        self.job = msgspec.structs.replace(self.job, most_samples=wish.most_samples, instance=wish.instance)
         self.rows: dict[str, Row] = {}
-        self.seen: dict[int, list[float]] = {}
+        self.seen: dict[int, list[measure.Call]] = {}
+        self.step_bytes = 0
         self._key = _digest(wish, self.job)
         if resume:
             self._read_rows()
@@ -116,17 +130,27 @@ class _Climb:
         self._prepare()
         items = Items(self.work)
         self.subject = items.subject
-        kind = drift.compared_as(items.subject.task, items.subject.activation)
-        self.budget = drift.budget(kind, self.wish.preset, self.wish.max_drift)
+        self.comparison = Comparison(
+            items.subject,
+            self.wish.preset,
+            self.wish.max_drift,
+            self.wish.drift,
+            self.work,
+            cap_s=self.cap_s,
+            most_bytes=self.most_bytes,
+            threads=self.job.threads,
+        )
+        self.budget = self.comparison.budget
         self.calibration, self.evaluation = divide(len(items.all))
         self.job = msgspec.structs.replace(self.job, calibration=self.calibration)
         self.machine = msgspec.json.decode((self.work / "machine.json").read_bytes(), type=rungs.Machine)
         if not self.wanted:
-            self.wanted = [rungs.find(each) for each in rungs.usual(self.machine)]
-        self.cells = [
-            msgspec.structs.replace(cell, rounds=max(4, round(_ROUNDS[cell.batch] * self.wish.effort)))
-            for cell in measure.cells(self.evaluation, _BATCHES, 1)
-        ]
+            self.wanted = [rungs.find(each) for each in rungs.usual(self.machine, self.subject.task)]
+        writing = items.subject.task == GENERATE
+        rounds = _ROUNDS_OF_WRITING if writing else _ROUNDS
+        rounds = {batch: max(4, round(pairs * self.wish.effort)) for batch, pairs in rounds.items()}
+        self.cells = measure.cells(self.evaluation, rounds, *([_CALLS_OF_WRITING] if writing else []))
+        self.compared = self.evaluation[:_TEXTS_COMPARED] if writing else self.evaluation
         self.length = round(stats.median([items.lengths[index] for index in self.evaluation]))
         baseline = self._start("run", self.job)
         try:
@@ -138,8 +162,15 @@ class _Climb:
                 if rung.id != rungs.BASELINE and not self._is_done(rung.id):
                     self._keep(self._try(rung, baseline, noise))
             self._time_baseline()
+        except Failed as failed:
+            raise LoadError(
+                f"the model as it is did not run to the end: {failed.reason}",
+                field="target",
+                hint="--resume goes on from what was found until then",
+            ) from None
         finally:
             baseline.end()
+            self.comparison.end()
         return Result(self._report(items, noise), self.job, self.work)
 
     def _prepare(self) -> None:
@@ -157,17 +188,18 @@ class _Climb:
     def _baseline(self, process: Process) -> Row:
         try:
             loaded = process.ask()
-            self.wanted_outputs = self._outputs(process, 1)
-            batched = self._outputs(process, max(_BATCHES))
+            wanted = self._outputs(process, 1)
+            batched = self._outputs(process, self.cells[-1].batch)
         except Failed as failed:
             raise LoadError(f"the model cannot be run as it is: {failed.reason}", field="target") from None
+        self.step_bytes = loaded["step_bytes"]
         peak = process.ask({"do": "peak"})["peak_bytes"]
         return Row(
             rung=rungs.BASELINE,
             status="baseline",
             speedup=1.0,
             speedup_ci=(1.0, 1.0),
-            drift=drift.batch_drift(self.wanted_outputs, batched),
+            drift=self.comparison.begin(wanted, batched),
             size_bytes=loaded["size_bytes"],
             load_s=round(loaded["load_s"], 3),
             build_s=0.0,
@@ -182,20 +214,27 @@ class _Climb:
         twin = self._start("run", self.job)
         try:
             twin.ask()
-            timed = {cell.batch: self._compare(baseline, twin, cell) for cell in self.cells}[
+            self.comparison.check_same(self._outputs(twin, 1, _CONTROLLED))
+            timed = {cell.batch: self._compare(baseline, twin, cell, 0) for cell in self.cells}[
                 self._objective_cell().batch
             ]
         finally:
             twin.end()
         return Noise(timed.ratio, timed.interval, timed.cpu_ratio, abs(timed.ratio - 1) > MOST_NOISE)
 
-    def _compare(self, baseline: Process, candidate: Process, cell: measure.Cell) -> Cell:
-        return measure.compare(baseline, candidate, cell, self.seen.setdefault(cell.batch, []))
+    def _compare(self, baseline: Process, candidate: Process, cell: measure.Cell, step_bytes: int) -> Cell:
+        return measure.compare(
+            baseline, candidate, cell, self.seen.setdefault(cell.batch, []), self._most_steps(step_bytes)
+        )
+
+    def _most_steps(self, step_bytes: int) -> float:
+        return self.machine.bandwidth / step_bytes if step_bytes else 0.0
 
     def _time_baseline(self) -> None:
         """Give the baseline's row the times that it had beside all the others."""
         row = self.rows[rungs.BASELINE]
-        cells = [measure.alone(cell, self.seen[cell.batch]) for cell in self.cells]
+        most = self._most_steps(self.step_bytes)
+        cells = [measure.alone(cell, self.seen[cell.batch], most) for cell in self.cells]
         main = next(cell for cell in cells if cell.batch == row.batch)
         self.rows[rungs.BASELINE] = msgspec.structs.replace(
             row,
@@ -222,6 +261,8 @@ class _Climb:
         try:
             return self._measure(rung, process, baseline, noise, build_s)
         except Failed as failed:
+            if baseline.ended:  # it is not the rung that failed
+                raise
             return Row(rung=rung.id, status=failed.status, reason=failed.reason, build_s=round(build_s, 2))
         finally:
             process.end()
@@ -229,10 +270,9 @@ class _Climb:
     def _measure(self, rung: rungs.Rung, process: Process, baseline: Process, noise: Noise, build_s: float) -> Row:
         loaded = process.ask()
         found = self._outputs(process, 1)
-        batched = self._outputs(process, max(_BATCHES))
-        measured = drift.drift(self.subject.task, self.wanted_outputs, found, self.subject.activation)
-        measured |= drift.batch_drift(found, batched)
-        cells = [self._compare(baseline, process, cell) for cell in self.cells]
+        batched = self._outputs(process, self.cells[-1].batch)
+        measured = self.comparison.measure(found, batched)
+        cells = [self._compare(baseline, process, cell, loaded["step_bytes"]) for cell in self.cells]
         peak = process.ask({"do": "peak"})["peak_bytes"]
         row = self._row(rung.id, "ok", cells, loaded, peak)
         row = msgspec.structs.replace(row, drift=measured, build_s=round(build_s, 2))
@@ -260,12 +300,13 @@ class _Climb:
     def _objective_cell(self) -> measure.Cell:
         return self.cells[0] if self.wish.objective == "latency" else self.cells[-1]
 
-    def _outputs(self, process: Process, batch: int) -> list[Any]:
-        batches = [self.evaluation[at : at + batch] for at in range(0, len(self.evaluation), batch)]
+    def _outputs(self, process: Process, batch: int, most: int | None = None) -> list[Any]:
+        numbers = self.compared[:most]
+        batches = [numbers[at : at + batch] for at in range(0, len(numbers), batch)]
         file = str(self.work / "outputs.npz")
         process.ask({"do": "outputs", "batches": batches, "file": file})
         with np.load(file) as found:
-            return [found[str(number)] for number in self.evaluation]
+            return [found[str(number)] for number in numbers]
 
     def _report(self, items: Items, noise: Noise) -> Report:
         lengths = sorted(items.lengths[index] for index in self.evaluation)
@@ -289,6 +330,7 @@ class _Climb:
             },
             seconds=round(perf_counter() - self.began, 1),
             headrace=__version__,
+            compared_by=self.wish.drift,
         )
 
     def _is_done(self, ident: str) -> bool:
@@ -298,13 +340,21 @@ class _Climb:
         self.rows[row.rung] = row
         self.tell(row)
         content = msgspec.json.encode({"key": self._key, "rows": list(self.rows.values())})
-        (self.work / _ROW_FILE).write_bytes(content)
+        new = self.work / f"{_ROW_FILE}.new"
+        new.write_bytes(content)
+        new.replace(self.work / _ROW_FILE)  # whoever is interrupted leaves whole rows
 
     def _read_rows(self) -> None:
         try:
             kept = msgspec.json.decode((self.work / _ROW_FILE).read_bytes(), type=_Kept)
         except OSError:
             return
+        except msgspec.DecodeError as error:
+            raise ConfigError(
+                f"{self.work / _ROW_FILE} cannot be read: {error}",
+                field="resume",
+                hint="leave --resume out to begin anew",
+            ) from None
         if kept.key != self._key:
             raise ConfigError(
                 f"{self.work} has the rows of another target, other samples or another machine",
@@ -389,6 +439,10 @@ def _digest(wish: Wish, job: Job) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read {wish.samples}: {error.strerror}", field="samples") from None
     parts = [wish.target, wish.task, wish.preset, sorted(wish.max_drift.items()), wish.objective, wish.most_samples]
+    parts += [wish.drift] * bool(wish.drift)
+    if wish.instance is not None:
+        with open(wish.instance.file, "rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
     here = [platform.node(), platform.machine(), job.device, job.threads]
     return hashlib.sha256(samples + repr([parts, here]).encode()).hexdigest()
 

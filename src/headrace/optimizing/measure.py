@@ -8,15 +8,17 @@ counts, with a bootstrap interval around it (Efron, 1979, the percentile method)
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from headrace import stats
 from headrace.optimizing.process import Process
 from headrace.optimizing.words import Cell as Timed
+from headrace.stats import interval
 
-_RESAMPLES = 2000
+# A turn of one side is as long at least, or a rung that needs a millisecond would be timed as it wakes up.
+LEAST_TURN_S = 0.1
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -32,54 +34,79 @@ class Cell(msgspec.Struct, frozen=True):
     rounds: int
 
 
-def cells(numbers: Sequence[int], sizes: Sequence[int], rounds: int, seed: int = 0) -> list[Cell]:
-    """Cells of the sizes, their items drawn from these numbers: in each the lengths are those of the samples."""
+def cells(numbers: Sequence[int], rounds: Mapping[int, int], most_calls: int = 8, seed: int = 0) -> list[Cell]:
+    """Cells of the sizes that ``rounds`` names, their items drawn from these numbers: lengths are the samples'."""
     found = []
-    for size in sizes:
+    for size, pairs in rounds.items():
         draw = random.Random(seed + size)
-        calls = max(1, min(8, 32 // size))
+        calls = max(1, min(most_calls, 32 // size))
         batches = [[draw.choice(numbers) for _ in range(size)] for _ in range(calls)]
-        found.append(Cell(size, batches, rounds))
+        found.append(Cell(size, batches, pairs))
     return found
 
 
-def alone(cell: Cell, seen: Sequence[float]) -> Timed:
+# One call: its wall time ``s``, and of a language model ``prefill_s``, ``decode_s`` and ``steps``.
+Call = dict[str, float]
+
+
+def alone(cell: Cell, seen: Sequence[Call], most_steps_per_s: float = 0.0) -> Timed:
     """The baseline's own times of a cell, from all the pairs that it was part of."""
-    ordered = sorted(seen)
-    p50_s = stats.median(ordered)
-    p95_ms = stats.percentile(ordered, 0.95) * 1e3
-    return Timed(cell.batch, 1.0, (1.0, 1.0), 1.0, p50_s * 1e3, p95_ms, cell.batch / p50_s, len(ordered))
+    return _timed(cell, seen, 1.0, (1.0, 1.0), 1.0, len(seen), most_steps_per_s)
 
 
-def compare(baseline: Process, candidate: Process, cell: Cell, seen: list[float]) -> Timed:
-    """Run a cell on both sides in turns; the baseline's own times are added to ``seen``. Raises `Failed`."""
-    command = {"do": "time", "batches": cell.batches}
+def compare(
+    baseline: Process, candidate: Process, cell: Cell, seen: list[Call], most_steps_per_s: float = 0.0
+) -> Timed:
+    """Run a cell on both sides in turns; the baseline's own times are added to ``seen``. Raises `Failed`.
+
+    Args:
+        most_steps_per_s: what memory delivers over what one step of the candidate reads: a language model cannot do
+            more; 0 where that means nothing.
+    """
+    command = {"do": "time", "batches": cell.batches, "least_s": LEAST_TURN_S}
     for side in (baseline, candidate):  # each shape once before it counts
         side.ask(command)
-    ratios, cpu_ratios, each = [], [], []
+    ratios, cpu_ratios = [], []
+    calls: list[Call] = []
     for number in range(cell.rounds):
         sides = (baseline, candidate) if number % 2 == 0 else (candidate, baseline)
         answers = {side: side.ask(command) for side in sides}
         ratios.append(answers[baseline]["wall_s"] / answers[candidate]["wall_s"])
         cpu_ratios.append(answers[baseline]["cpu_s"] / max(answers[candidate]["cpu_s"], 1e-6))
-        each += answers[candidate]["each_s"]
-        seen += answers[baseline]["each_s"]
-    ordered = sorted(each)
-    return Timed(
-        batch=cell.batch,
-        ratio=stats.median(ratios),
-        interval=interval(ratios),
-        cpu_ratio=stats.median(cpu_ratios),
-        p50_ms=stats.median(ordered) * 1e3,
-        p95_ms=stats.percentile(ordered, 0.95) * 1e3,
-        throughput=cell.batch / stats.median(ordered),
-        pairs=len(ratios),
+        calls += answers[candidate]["calls"]
+        seen += answers[baseline]["calls"]
+    return _timed(
+        cell, calls, stats.median(ratios), interval(ratios), stats.median(cpu_ratios), len(ratios), most_steps_per_s
     )
 
 
-def interval(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the median, by percentiles."""
-    draw = random.Random(seed)
-    medians = sorted(stats.median(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES))
-    tail = (1 - confidence) / 2
-    return stats.percentile(medians, tail), stats.percentile(medians, 1 - tail)
+def _timed(
+    cell: Cell,
+    calls: Sequence[Call],
+    ratio: float,
+    bounds: tuple[float, float],
+    cpu_ratio: float,
+    pairs: int,
+    most_steps_per_s: float,
+) -> Timed:
+    ordered = sorted(call["s"] for call in calls)
+    p50_s = stats.median(ordered)
+    found = Timed(
+        batch=cell.batch,
+        ratio=ratio,
+        interval=bounds,
+        cpu_ratio=cpu_ratio,
+        p50_ms=p50_s * 1e3,
+        p95_ms=stats.percentile(ordered, 0.95) * 1e3,
+        throughput=cell.batch / p50_s,
+        pairs=pairs,
+    )
+    if "decode_s" not in calls[0]:
+        return found
+    steps = stats.median([call["steps"] / call["decode_s"] for call in calls])
+    return msgspec.structs.replace(
+        found,
+        prefill_ms=stats.median([call["prefill_s"] for call in calls]) * 1e3,
+        tokens_per_s=steps * cell.batch,
+        share_of_bandwidth=steps / most_steps_per_s if most_steps_per_s else None,
+    )

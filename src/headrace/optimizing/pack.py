@@ -3,15 +3,15 @@
 It is put together beside its place, opened and tested there in a process of its own, and only then moved: whoever
 looks at the place sees a whole artifact or none. Run as a module this is that process:
 
-    python -m headrace.optimizing.pack begin|test JOB.json DIRECTORY [NUMBERS]
+    python -m headrace.optimizing.pack begin|test TASK.json
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +23,17 @@ import msgspec
 from headrace import artifact
 from headrace.artifact import Manifest, Requires, Subject
 from headrace.errors import ConfigError, Fault, HeadraceError, LoadError, from_fault, to_fault
-from headrace.optimizing import rungs
-from headrace.optimizing.child import MACHINE, SAID, Items, Job
+from headrace.optimizing import drift, rungs
+from headrace.optimizing.child import MACHINE, Items, Job
 from headrace.optimizing.ladder import Result
+from headrace.optimizing.orphan import end_with_parent
+from headrace.optimizing.process import SAID, Failed, Process, usual_cap
 from headrace.optimizing.words import Report
-from headrace.runners import collate, engines
-from headrace.runners.artifact import MODEL, PACKED, WEIGHTS, self_test, write_golden
-from headrace.runners.drift import ERRORS
+from headrace.runners import engines
+from headrace.runners.archives import is_archive
+from headrace.runners.artifact import MODEL, PACKED, WEIGHTS, archived, self_test, write_golden
+from headrace.runners.drift import is_error
+from headrace.runners.way import of_module
 from headrace.version import __version__
 
 _FALLBACK = "fallback"
@@ -38,6 +42,8 @@ _GOLDEN_ITEMS = 16
 _CAP_S = 900.0
 # Golden items are few: what they drift scatters around what all have drifted, up to this factor and not beyond.
 _SCATTER = 3.0
+# What these count, they count by the item: of few items one more is a large share.
+_COUNTED = frozenset({"top1", "flips", "neighbours"})
 # Sums in another order make the last digits differ from machine to machine.
 _SLACK = 0.1
 
@@ -67,13 +73,23 @@ def pack(result: Result, out: Path) -> None:
     """Make an artifact of the rung that a ladder has chosen.
 
     Raises:
-        ConfigError: ``out`` is something else already, or cannot be written.
+        ConfigError: ``out`` is something else already, or cannot be written; or the rung needs the module's code, and
+            the module is an object that nobody has said the factory of.
         LoadError: the artifact does not answer as the rung did when it was measured; ``out`` is as it was.
     """
-    report = result.report
+    report, instance = result.report, result.job.instance
     rows = {row.rung: msgspec.to_builtins(row) for row in report.rows}
-    ways = [Way(ident, rows.get(ident, {})) for ident in (report.chosen, *fallbacks(report))]
-    assemble(result.job, ways, report.budget, out)
+    idents = [report.chosen, *fallbacks(report)]
+    if instance is not None and not instance.factory:
+        if rungs.find(report.chosen).engine == "torch":
+            raise ConfigError(
+                f"an artifact of {report.chosen} needs the code that makes the module: no object is pickled into it",
+                field="factory",
+                hint='say factory="module:function", or climb rungs that are exported: ort, openvino, aot',
+            )
+        idents = [ident for ident in idents if rungs.find(ident).engine != "torch"]
+    budget = None if report.compared_by else report.budget
+    assemble(result.job, [Way(ident, rows.get(ident, {})) for ident in idents], budget, out)
 
 
 def fallbacks(report: Report) -> list[str]:
@@ -94,12 +110,13 @@ def check_out(out: Path) -> None:
         )
 
 
-def assemble(job: Job, ways: Sequence[Way], budget: Mapping[str, float], out: Path) -> None:
+def assemble(job: Job, ways: Sequence[Way], budget: Mapping[str, float] | None, out: Path) -> None:
     """Make an artifact of the first way; the others are what it falls back to, in order.
 
     Args:
         job: of the ladder; its work directory has the samples and what was built.
-        budget: bounds of drift by measure.
+        budget: bounds of drift by measure. ``None`` where they are for measures that an artifact cannot take: it is
+            bounded by how far each way has drifted from the model as it is.
 
     Raises: as `pack`.
     """
@@ -132,15 +149,23 @@ def _begin(job: Job) -> Path:
     """A directory with the golden items and the model as it is."""
     items = Items(Path(job.work))
     evaluated = sorted(set(range(len(items.all))) - set(job.calibration), key=items.lengths.__getitem__)
-    step = max(1, len(evaluated) // _GOLDEN_ITEMS)
     staged = Path(job.work) / "packed"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    _child("begin", job, staged, ",".join(map(str, evaluated[::step][:_GOLDEN_ITEMS])))
+    _child("begin", job, staged, spread(evaluated, _GOLDEN_ITEMS))
     return staged
 
 
-def _fill(job: Job, way: Way, staged: Path, budget: Mapping[str, float], fallback: list[str], directory: Path) -> None:
+def spread(numbers: Sequence[int], most: int) -> list[int]:
+    """As many of them, evenly, the first and the last among them."""
+    if len(numbers) <= most:
+        return list(numbers)
+    return [numbers[round(at * (len(numbers) - 1) / (most - 1))] for at in range(most)]
+
+
+def _fill(
+    job: Job, way: Way, staged: Path, budget: Mapping[str, float] | None, fallback: list[str], directory: Path
+) -> None:
     """One artifact, tested: its bounds are for the golden items, on which drift differs a little from that of all."""
     rung = rungs.find(way.rung)
     directory.mkdir(parents=True, exist_ok=True)
@@ -158,6 +183,7 @@ def _fill(job: Job, way: Way, staged: Path, budget: Mapping[str, float], fallbac
         if rung.engine != "torch":
             shutil.copy(subject.text.tokenizer, directory / _TOKENIZER)
         subject = msgspec.structs.replace(subject, text=msgspec.structs.replace(subject.text, tokenizer=tokenizer))
+    wanted = budget or drift.PRESETS["exact"][drift.compared_as(subject.task, subject.activation)]
     manifest = Manifest(
         rung=rung.id,
         engine=rung.engine,
@@ -165,14 +191,16 @@ def _fill(job: Job, way: Way, staged: Path, budget: Mapping[str, float], fallbac
         recipe=[word for word in rung.recipe if rung.engine == "torch" or word == PACKED],
         threads=job.threads,
         requires=requires(rung, job, subject),
-        budget=dict(budget),
+        budget=dict(wanted),
         measured=way.row,
         fallback=fallback,
         headrace=__version__,
     )
     artifact.write(directory, manifest)
-    measured = json.loads(_child("test", job, directory))
-    artifact.write(directory, msgspec.structs.replace(manifest, budget=bounds(rung.id, budget, measured)))
+    measured = _child("test", job, directory)
+    count = min(_GOLDEN_ITEMS, len(Items(Path(job.work)).all) - len(job.calibration))
+    found = bounds(rung.id, wanted, measured, items=count, scattered=budget is not None)
+    artifact.write(directory, msgspec.structs.replace(manifest, budget=found))
 
 
 def requires(rung: rungs.Rung, job: Job, subject: Subject) -> Requires:
@@ -182,7 +210,7 @@ def requires(rung: rungs.Rung, job: Job, subject: Subject) -> Requires:
     names = [runtime] if runtime else ["torch", *(name for name, _ in rung.needs)]
     plain = rung.engine == "torch" and set(rung.recipe) <= _PLAIN
     packages = {name: "" if plain else version for name, version in artifact.installed(names).items()}
-    if rung.engine == "torch":
+    if rung.engine == "torch" and not is_archive(job.target):
         packages |= {"transformers" if subject.text else "safetensors": ""}
     kind = job.device.partition(":")[0]
     integers = "quantize" in rung.options or not _INTEGERS.isdisjoint(rung.recipe)
@@ -197,75 +225,99 @@ def requires(rung: rungs.Rung, job: Job, subject: Subject) -> Requires:
 
 
 def _instructions(flags: Sequence[str], compiled: bool, integers: bool) -> list[str]:
+    if compiled and set(flags) >= rungs.PORTABLE:
+        return sorted(rungs.PORTABLE | (_KERNELS & set(flags) if integers else set()))
     if compiled:
         return sorted(flag for flag in flags if flag in _KERNELS | _COMPILED or flag.startswith("avx512"))
     return sorted(_KERNELS & set(flags)) if integers else []
 
 
-def bounds(rung: str, budget: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+def bounds(
+    rung: str,
+    budget: Mapping[str, float],
+    measured: Mapping[str, float],
+    *,
+    items: int = _GOLDEN_ITEMS,
+    scattered: bool = True,
+) -> dict[str, float]:
     """The budget, wider where the golden items by themselves have drifted as far or a little farther.
+
+    Args:
+        items: how many golden ones there are: the fewer, the more they scatter.
+        scattered: they belong to those that the budget was kept with, so that they cannot be far beyond it.
 
     Raises:
         LoadError: they have drifted much farther: these are not the files that were measured.
     """
     found = {}
+    most_scatter = _SCATTER * max(1.0, math.sqrt(_GOLDEN_ITEMS / items)) if scattered else math.inf
     for name, bound in budget.items():
-        value = measured.get(name, float("nan"))
-        distance, most = (value, bound) if name in ERRORS else (1 - value, 1 - bound)
-        if "not_finite" in measured or not distance <= _SCATTER * most + 1e-9:
+        value = measured.get(name, math.nan)
+        distance, most = (value, bound) if is_error(name) else (1 - value, 1 - bound)
+        room = max(most, 1 / items) if name in _COUNTED and most > 0 else most
+        if drift.breaches(measured, {}) or not distance <= most_scatter * room + 1e-9:
             raise LoadError(
                 f"the artifact of {rung} does not answer as its rung did: {name} is {value:.4g}, allowed is {bound:g}",
                 field="target",
                 hint="run headrace optimize again, without --resume",
             )
-        widened = max(most, distance * (1 + _SLACK))
-        found[name] = widened if name in ERRORS else 1 - widened
+        widened = max(room, distance * (1 + _SLACK))
+        found[name] = widened if is_error(name) else 1 - widened
     return found
 
 
-def _child(role: str, job: Job, directory: Path, *words: str) -> str:
+class _Task(msgspec.Struct, frozen=True):
+    """What this file's other half has to do.
+
+    Args:
+        directory: where it is done.
+        numbers: of the golden items.
+    """
+
+    job: Job
+    directory: str
+    numbers: list[int]
+
+    @property
+    def threads(self) -> int:
+        return self.job.threads
+
+
+def _child(role: str, job: Job, directory: Path, numbers: Sequence[int] = ()) -> dict[str, Any]:
     """Run this file's other half, and what it said. Raises the error that it met."""
     folder = Path(job.work) / "processes" / "pack"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_bytes(msgspec.json.encode(job))
-    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    caches = {name: str(folder / "cache") for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1", "TQDM_DISABLE": "1"}
-    argv = [sys.executable, "-P", "-m", "headrace.optimizing.pack", role, str(folder / "job.json"), str(directory)]
+    task = _Task(job, str(directory), list(numbers))
+    process = None
     try:
-        done = subprocess.run(
-            [*argv, *words],
-            env={**os.environ, **threads, **caches, **quiet},
-            capture_output=True,
-            text=True,
-            timeout=_CAP_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise LoadError(f"packing was not done within {_CAP_S:g} s", field="target") from None
-    lines = done.stderr.strip().splitlines() or ["it said nothing"]
-    if done.returncode == SAID:
-        raise from_fault(msgspec.json.decode(lines[-1], type=Fault))
-    if done.returncode:
-        raise LoadError(f"packing failed (status {done.returncode}): {' '.join(lines[-2:])[-500:]}", field="target")
-    return done.stdout
+        process = Process(role, task, folder, cap_s=_CAP_S, most_bytes=usual_cap(), program="headrace.optimizing.pack")
+        return process.ask()
+    except Failed as failed:
+        if failed.said is not None:
+            raise from_fault(msgspec.convert(failed.said, Fault)) from None
+        raise LoadError(f"packing failed: {failed.reason}", field="target") from None
+    finally:
+        if process is not None:
+            process.end()
 
 
 def main(argv: list[str]) -> int:
     """Exit status `SAID` for an error that is the last line of standard error, as a `Fault` in JSON."""
-    role, file, directory, *words = argv
-    job = msgspec.json.decode(Path(file).read_bytes(), type=Job)
+    end_with_parent()
+    role, file = argv
+    task = msgspec.json.decode(Path(file).read_bytes(), type=_Task)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
+        answer: dict[str, float] = {}
         if role == "begin":
-            _stage(job, Path(directory), [int(number) for number in words[0].split(",")])
+            _stage(task.job, Path(task.directory), task.numbers)
         else:
-            answers.write(json.dumps(self_test(Path(directory), job.device)))
-            answers.flush()
+            answer = self_test(Path(task.directory), task.job.device)
     except HeadraceError as error:
         print(msgspec.json.encode(to_fault(error)).decode(), file=sys.stderr)
         return SAID
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
     return 0
 
 
@@ -273,21 +325,22 @@ def _stage(job: Job, directory: Path, numbers: list[int]) -> None:
     import torch
 
     from headrace.optimizing.samples import read
-    from headrace.runners import recipes
     from headrace.runners.subject import open_subject
 
     torch.set_num_threads(job.threads)
-    opened = open_subject(job.target, job.task, read(Path(job.samples), job.most_samples))
+    opened = open_subject(job.target, job.task, read(Path(job.samples), job.most_samples), job.instance)
     (directory / MODEL).mkdir()
-    if opened.directory is not None:
+    if opened.archive is not None:
+        shutil.copy(opened.archive, directory / archived(opened.archive))
+    elif opened.directory is not None:
         _save_text(opened.directory, opened.module.model, directory / MODEL)
     else:
         from safetensors.torch import save_model
 
         save_model(opened.module, str(directory / MODEL / WEIGHTS))
     items = [Items(Path(job.work)).all[number] for number in numbers]
-    engine = engines.module_engine(recipes.apply([], opened.module, job.device), job.device)
-    outputs = [collate.run(engine, [item], opened.subject, packed=False)[0] for item in items]
+    way = of_module(opened.module, [], job.device, opened.subject)
+    outputs = [way.answer([item])[0] for item in items]
     write_golden(directory, items, outputs)
 
 

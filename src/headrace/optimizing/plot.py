@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from headrace.optimizing.summary import clip, loss, measure_of, number, p50, plain, speed_of
 from headrace.optimizing.words import Report, Row
-from headrace.runners.drift import ERRORS
+from headrace.runners.drift import is_error
 
 WIDTH, HEIGHT = 800, 460
 LEFT, RIGHT, TOP, BOTTOM = 84, 20, 16, 58
@@ -91,7 +91,7 @@ def scatter(report: Report) -> str:
     if bound is not None and not bound < _MOST:  # it allows everything
         bound = None
     x, y = _latency_axis(some), _loss_axis(some, bound)
-    name = measure if measure in ERRORS else f"1 − {measure}"
+    name = measure if is_error(measure) else f"1 − {measure}"
     named = [(each.row.rung, x.place(each.latency), y.place(each.loss)) for each in some]
     taken: list[Box] = [(a - _DOT, b - _DOT, a + _DOT, b + _DOT) for _, a, b in named]
     body = [

@@ -5,21 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import psutil
 
 from headrace.clock import perf_counter, sleep
-from headrace.optimizing.child import SAID, Job
+from headrace.optimizing.orphan import PARENT
 
+# Exit status for an error that is the last line of the log, as a `Fault` in JSON.
+SAID = 3
 _LOOK_S = 0.1
-_KEPT_LINES = 15
+_SHARE_OF_MEMORY = 0.8
+_KEPT_BYTES = 1 << 16
+_MOST_REASON = 500
+_NO_MEMORY = ("MemoryError", "out of memory", "can't allocate memory", "not enough memory")
+# What a traceback ends with.
+_ERROR = re.compile(r"^[\w.]*(Error|Exception|Exit|Interrupt|Iteration|Unavailable|Unsupported)\b")
 
 
 class Failed(Exception):
@@ -37,18 +45,39 @@ class Failed(Exception):
         self.said = said
 
 
+class Work(Protocol):
+    """What a process has to do: a `msgspec.Struct`, which it finds in the file that it is told."""
+
+    @property
+    def threads(self) -> int: ...
+
+
+def usual_cap() -> int:
+    """Memory that a process may use where nobody says how much, in bytes."""
+    return int(psutil.virtual_memory().total * _SHARE_OF_MEMORY)
+
+
 class Process:
     """One child, with a caches' folder of its own.
 
     Args:
-        role: prepare, build or run.
-        cap_s: of a build, or of each answer of a run.
+        role: first word of the program's arguments; the second is the file with the job.
+        cap_s: of all that is waited for: an end, or an answer.
         most_bytes: memory of the process and those that it starts.
+        program: module to run.
     """
 
-    def __init__(self, role: str, job: Job, folder: Path, *, cap_s: float, most_bytes: int) -> None:
+    def __init__(
+        self,
+        role: str,
+        job: Work,
+        folder: Path,
+        *,
+        cap_s: float,
+        most_bytes: int,
+        program: str = "headrace.optimizing.child",
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
         self._cap_s = cap_s
         self._most_bytes = most_bytes
         (folder / f"{role}.json").write_bytes(msgspec.json.encode(job))
@@ -60,22 +89,25 @@ class Process:
         self._log = folder / f"{role}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "headrace.optimizing.child", role, str(folder / f"{role}.json")],
+                [sys.executable, "-P", "-m", program, role, str(folder / f"{role}.json")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **caches, **threads, **quiet},
+                env={**os.environ, **caches, **threads, **quiet, PARENT: str(os.getpid())},
                 start_new_session=True,
             )
         self._pending = b""
+        self.ended = False
 
     def finish(self) -> None:
         """Wait until it has ended well. Raises `Failed`."""
         until = perf_counter() + self._cap_s
-        while self._process.poll() is None:
-            self._check(until)
-            sleep(_LOOK_S)
-        self.end()
+        try:
+            while self._process.poll() is None:
+                self._check(until)
+                sleep(_LOOK_S)
+        finally:
+            self.end()
         if self._process.returncode:
             raise self._failure()
 
@@ -88,14 +120,18 @@ class Process:
                 self._process.stdin.write(json.dumps(command).encode() + b"\n")
                 self._process.stdin.flush()
         until = perf_counter() + self._cap_s
+        watch = select.poll()
+        watch.register(self._process.stdout, select.POLLIN)
         while b"\n" not in self._pending:
-            ready, _, _ = select.select([self._process.stdout], [], [], _LOOK_S)
-            chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else None
-            if chunk == b"":
+            # One that has ended may have left others behind, which hold the pipe open.
+            gone = self._process.poll() is not None
+            ready = watch.poll(0 if gone else _LOOK_S * 1e3)
+            chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+            if not chunk and (ready or gone):
                 self._process.wait()
                 self.end()
                 raise self._failure()
-            self._pending += chunk or b""
+            self._pending += chunk
             self._check(until)
         line, _, self._pending = self._pending.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
@@ -103,6 +139,7 @@ class Process:
 
     def end(self) -> None:
         """End it and everything it has started."""
+        self.ended = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -122,7 +159,7 @@ class Process:
 
     def _failure(self) -> Failed:
         code = self._process.returncode
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        lines = _last_lines(self._log)
         last = lines[-1] if lines else ""
         if code == SAID and last.startswith("["):
             kind, message, field, hint, _ = said = json.loads(last)
@@ -130,16 +167,31 @@ class Process:
                 return Failed("unavailable", f"{message}: {hint}" if hint else message, said)
             return Failed("build_failed", f"{field}: {message}" if field else message, said)
         if code < 0:
-            return Failed("crashed", f"killed by {signal.Signals(-code).name}; the end of its log: {_end(lines)}")
-        if any("MemoryError" in line or "out of memory" in line for line in lines[-_KEPT_LINES:]):
-            return Failed("out_of_memory", last)
+            perhaps = ", perhaps by the system for want of memory" if code == -signal.SIGKILL else ""
+            return Failed("crashed", f"killed by {_signal(-code)}{perhaps}; the end of its log: {_end(lines)}")
+        if any(word in line for line in lines for word in _NO_MEMORY):
+            return Failed("out_of_memory", _end(lines))
         return Failed("build_failed", _end(lines))
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_lines(log: Path) -> list[str]:
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _KEPT_BYTES))
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
 
 def _end(lines: list[str]) -> str:
     """What an operator wants to see of a log: the error itself."""
-    told = [line for line in lines if line.strip()]
-    return " ".join(told[-2:])[-500:] or "it said nothing"
+    first = next((at for at in range(len(lines) - 1, -1, -1) if _ERROR.match(lines[at])), len(lines) - 2)
+    return " ".join(lines[max(0, first) :])[:_MOST_REASON] or "it said nothing"
 
 
 def _memory(pid: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headrace.errors import ConfigError
 from headrace.optimizing import report
-from headrace.optimizing.ladder import Wish, climb, default_work
+from headrace.optimizing.ladder import Result, Wish, climb, default_work
 from headrace.optimizing.words import Report, Row
 
 
@@ -22,14 +22,22 @@ def optimize(
         out: the artifact's directory, which gets the report too; without one there is only the report that is returned.
         resume: go on with what an earlier climb has left beside ``out``.
 
-    Raises:
-        ConfigError: ``out`` is something else already, or an option is wrong.
-        LoadError, InvalidInput, Unavailable: the target or the samples cannot be used.
+    Raises: as `into`.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="headrace-ladder-") as folder:
             return climb(wish, Path(folder), tell=tell).report
-    from headrace.optimizing.pack import check_out, pack
+    return into(wish, out, resume=resume, tell=tell).report
+
+
+def into(wish: Wish, out: Path, *, resume: bool = False, tell: Callable[[Row], None] = lambda row: None) -> Result:
+    """Climb the ladder and make an artifact. What was built and found stays beside ``out``, also where that ends early.
+
+    Raises:
+        ConfigError: ``out`` is something else already, or an option is wrong.
+        LoadError, InvalidInput, Unavailable: the target or the samples cannot be used.
+    """
+    from headrace.optimizing.pack import check_out
 
     check_out(out)
     work = default_work(out)
@@ -41,6 +49,13 @@ def optimize(
         raise ConfigError(f"cannot write {work}: {error.strerror}", field="out") from None
     result = climb(wish, work, resume=resume, tell=tell)
     report.write(result.report, work)  # what was measured is kept also where no artifact can be made of it
+    save(result, out)
+    return result
+
+
+def save(result: Result, out: Path) -> None:
+    """An artifact of the rung that was chosen, with the report. Raises as `pack.pack`."""
+    from headrace.optimizing.pack import pack
+
     pack(result, out)
     report.write(result.report, out)
-    return result.report

@@ -6,7 +6,9 @@ Torch rungs are recipes applied when the model is loaded (`runners/recipes.py`);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ class Machine(msgspec.Struct, frozen=True):
         flags: instruction sets of the processor.
         packages: versions of what is installed.
         device: cpu or cuda:N; ``capability`` is the GPU's, such as 9.0.
+        bandwidth: bytes per second that are read where weights lie; 0 if that was not measured.
     """
 
     device: str
@@ -37,6 +40,7 @@ class Machine(msgspec.Struct, frozen=True):
     processor: str = ""
     python: str = ""
     memory_bytes: int = 0
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Rung:
         where: cpu, cuda or both.
         probe: a reason why it cannot be built here, or nothing.
         calibrated: it is built with samples.
+        builders: packages that are needed to build it and not to run it.
     """
 
     id: str
@@ -60,13 +65,14 @@ class Rung:
     where: Literal["cpu", "cuda", "both"] = "both"
     probe: Probe = lambda machine: ""
     calibrated: bool = False
+    builders: Sequence[tuple[str, str]] = ()
 
     def missing(self, machine: Machine) -> str:
         """Why it cannot be built on this machine, with what to do; empty if it can."""
         kind = "cpu" if machine.device == "cpu" else "cuda"
         if self.where not in ("both", kind):
             return f"runs on {'a CPU' if self.where == 'cpu' else 'an NVIDIA GPU'} only"
-        for package, extra in self.needs:
+        for package, extra in (*self.needs, *self.builders):
             if package not in machine.packages:
                 return f"{package} is not installed: pip install 'headrace[{extra}]'"
         return self.probe(machine)
@@ -81,11 +87,30 @@ def _capability(least: float, what: str) -> Probe:
     return probe
 
 
+def multiplies_integers(flags: Iterable[str]) -> bool:
+    """Whether an x86-64 processor has instructions that add products of 8-bit integers in 32 bits."""
+    return any("vnni" in flag or "amx_int8" in flag for flag in flags)
+
+
 def _int8_instructions(machine: Machine) -> str:
     """torchao's integer products without these are 6 to 26 times slower than float32."""
-    if machine.device != "cpu" or any("vnni" in flag or "amx_int8" in flag for flag in machine.flags):
+    if machine.device != "cpu" or multiplies_integers(machine.flags):
         return ""
     return "needs VNNI or AMX instructions, or a GPU: without them its integer products are slower than float32"
+
+
+def _compiler(machine: Machine) -> str:
+    """What torch compiles for a CPU is C++."""
+    program = os.environ.get("CXX", "g++")
+    if machine.device != "cpu" or shutil.which(program):
+        return ""
+    return f"there is no C++ compiler, {program}: apt install g++"
+
+
+def _x86_compiler(machine: Machine) -> str:
+    if "avx2" not in machine.flags:
+        return "torch quantises calibrated products for x86-64 processors with AVX2 alone"
+    return _compiler(machine)
 
 
 def _tensorrt(machine: Machine) -> str:
@@ -96,6 +121,9 @@ def _tensorrt(machine: Machine) -> str:
 
 _ONNX = (("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"))
 _QUANT = (("torchao", "quant"),)
+# What x86-64-v3 is, as Linux names it: processors since 2013 (Intel) and 2015 (AMD). Code that is compiled for a CPU is
+# for these. On all-MiniLM-L6-v2 and a processor with AVX-512 it was as fast as code for that processor alone.
+PORTABLE = frozenset({"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 
 # In the order in which they are tried on a CPU: what costs little and gives much comes first.
 _ALL = [
@@ -106,16 +134,29 @@ _ALL = [
     Rung("bf16", recipe=["sdpa", "bf16"]),
     Rung("fp16", recipe=["sdpa", "fp16"]),
     Rung("ort", "onnx", needs=_ONNX),
-    Rung("ort-int8-dynamic", "onnx", options={"quantize": "dynamic"}, needs=_ONNX, where="cpu"),
+    Rung("ort-int8-dynamic", "onnx", options={"quantize": "dynamic"}, needs=_ONNX, where="cpu", calibrated=True),
+    Rung("ort-int8-weights", "onnx", options={"quantize": "weights", "bits": 8}, needs=_ONNX, where="cpu"),
+    Rung("ort-int4-weights", "onnx", options={"quantize": "weights", "bits": 4}, needs=_ONNX, where="cpu"),
     Rung("ort-int8-static", "onnx", options={"quantize": "static"}, needs=_ONNX, where="cpu", calibrated=True),
     Rung("openvino", "openvino", needs=[("openvino", "openvino")], where="cpu"),
     Rung(
         "openvino-int8-static",
         "openvino",
         options={"quantize": "static"},
-        needs=[("openvino", "openvino"), ("nncf", "openvino")],
+        needs=[("openvino", "openvino")],
         where="cpu",
         calibrated=True,
+        builders=[("nncf", "openvino")],
+    ),
+    Rung(
+        "torch-int8-static",
+        "aot",
+        recipe=["sdpa"],
+        options={"quantize": "static"},
+        where="cpu",
+        probe=_x86_compiler,
+        calibrated=True,
+        builders=_QUANT,
     ),
     Rung("torch-int8-dynamic", recipe=["torch-int8-dynamic"], where="cpu"),
     Rung("torchao-int8", recipe=["sdpa", "torchao-int8"], needs=_QUANT, probe=_int8_instructions),
@@ -129,8 +170,12 @@ _ALL = [
         where="cuda",
         probe=_capability(8.9, "8-bit floats"),
     ),
-    Rung("aot", "aot", recipe=["sdpa"]),
-    Rung("compile", recipe=["sdpa", "compile"]),
+    Rung("aot", "aot", recipe=["sdpa"], probe=_compiler),
+    Rung("compile", recipe=["sdpa", "compile"], probe=_compiler),
+    Rung("kv-off", recipe=["kv-off"]),
+    Rung("kv-static", recipe=["sdpa", "kv-static"]),
+    Rung("graphs", recipe=["sdpa", "graphs"], where="cuda"),
+    Rung("varlen", recipe=["bf16", "varlen", "graphs"], where="cuda", probe=_capability(8.0, "varlen attention")),
     Rung("reduce-overhead", recipe=["sdpa", "reduce-overhead"], where="cuda"),
     Rung("max-autotune", recipe=["sdpa", "max-autotune"], where="cuda"),
     Rung("tensorrt", "aot", needs=[("torch_tensorrt", "tensorrt")], where="cuda", probe=_tensorrt),
@@ -139,17 +184,31 @@ RUNGS = {rung.id: rung for rung in _ALL}
 BASELINE = "fp32"
 _ON_CPU = [
     *("sdpa", "packed", "ort", "ort-int8-dynamic", "ort-int8-dynamic+packed", "openvino", "openvino-int8-static"),
-    *("ort-int8-static", "torch-int8-dynamic", "bf16", "torchao-int8", "torchao-int8-weights", "nf4", "aot", "compile"),
-    "tensorrt",
+    *("ort-int8-static", "torch-int8-dynamic", "bf16", "torchao-int8", "torchao-int8-weights", "nf4", "aot"),
+    *("torch-int8-static", "compile", "tensorrt"),
 ]
 _ON_CUDA = [
     *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
-    *("bf16+aot", "fp8", "torchao-int8+compile", "torchao-int4", "nf4", "ort", "tensorrt"),
+    *("bf16+graphs", "bf16+compile+graphs", "varlen", "varlen+compile", "bf16+aot", "fp8", "torchao-int8+compile"),
+    *("torchao-int4", "nf4", "ort", "tensorrt"),
 ]
 
 
-def usual(machine: Machine) -> list[str]:
+# Language models. What is written token by token is bound by reading weights: fewer bytes, and nothing in between.
+_WRITING_ON_CPU = [
+    *("sdpa", "kv-off", "kv-static", "ort", "ort-int8-weights", "ort-int4-weights", "ort-int8-dynamic"),
+    *("torch-int8-dynamic", "bf16", "torchao-int8-weights", "nf4"),
+]
+_WRITING_ON_CUDA = [
+    *("sdpa", "kv-off", "bf16", "bf16+kv-static", "bf16+kv-static+graphs", "bf16+kv-static+compile+graphs"),
+    *("bf16+torchao-int8-weights+kv-static+compile+graphs", "torchao-int4+kv-static+compile+graphs", "nf4"),
+]
+
+
+def usual(machine: Machine, task: str) -> list[str]:
     """What is tried where nobody names rungs, in order."""
+    if task == "generate":
+        return _WRITING_ON_CPU if machine.device == "cpu" else _WRITING_ON_CUDA
     return _ON_CPU if machine.device == "cpu" else _ON_CUDA
 
 
@@ -179,13 +238,26 @@ def find(ident: str) -> Rung:
         next(iter(places), "both"),
         lambda machine: next((reason for part in parts if (reason := part.probe(machine))), ""),
         any(part.calibrated for part in parts),
+        [need for part in parts for need in part.builders],
     )
 
 
 def _in_order(words: list[str]) -> list[str]:
     """Attention first, then precision, then quantisation, compilation last."""
     order = ["sdpa", "tf32", "bf16", "fp16", "torch-int8-dynamic", "torchao-int8", "torchao-int8-weights"]
-    order += ["torchao-int4", "nf4", "fp8", "compile", "reduce-overhead", "max-autotune", "packed"]
+    order += [
+        "torchao-int4",
+        "nf4",
+        "fp8",
+        "kv-off",
+        "kv-static",
+        "varlen",
+        "compile",
+        "reduce-overhead",
+        "max-autotune",
+        "graphs",
+        "packed",
+    ]
     return sorted(dict.fromkeys(words), key=order.index)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from headrace.optimizing.words import Report, Row
-from headrace.runners.drift import ERRORS
+from headrace.runners.drift import is_error
 
 # What a task's drift is shown by, where its budget bounds it: means say more than the worst of some hundred samples.
 _TELLING = ("kl_mean", "cos_mean", "relative_error", "cos_min")
@@ -80,7 +80,7 @@ def p50(row: Row) -> float | None:
 
 def loss(measure: str, value: float) -> float:
     """A measure as what is lost: 0 is perfect."""
-    return value if measure in ERRORS else 1 - value
+    return value if is_error(measure) else 1 - value
 
 
 def measure_of(rows: Sequence[Row], budget: Mapping[str, float]) -> str:
@@ -154,11 +154,11 @@ def _count(rungs: int) -> str:
 def _bound(measure: str, budget: Mapping[str, float]) -> str:
     if measure not in budget:
         return ""
-    return f" ({'at most' if measure in ERRORS else 'at least'} {budget[measure]:g})"
+    return f" ({'at most' if is_error(measure) else 'at least'} {budget[measure]:g})"
 
 
 def bounds(budget: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {'≤' if name in ERRORS else '≥'} {bound:g}" for name, bound in budget.items()) or DASH
+    return ", ".join(f"{name} {'≤' if is_error(name) else '≥'} {bound:g}" for name, bound in budget.items()) or DASH
 
 
 def missing(report: Report) -> dict[str, list[str]]:
@@ -196,6 +196,8 @@ def conditions(report: Report) -> Iterator[tuple[str, str]]:
         length = "" if base.length is None else f", {base.length} tokens in the median"
         yield "batch", f"{base.batch} items a call{length}"
     yield "budget of drift", bounds(report.budget)
+    if report.compared_by:
+        yield "drift measured by", plain(report.compared_by)
     yield "samples", ", ".join(f"{name} {value:g}" for name, value in report.samples.items())
     yield "control", control(report)
     yield "ladder took", f"{report.seconds:.0f} s"

@@ -30,6 +30,8 @@ class Cell(msgspec.Struct, frozen=True):
         p50_ms, p95_ms: of one call.
         throughput: items per second.
         pairs: of runs, one of each side; the ratio is the median of theirs.
+        prefill_ms, tokens_per_s: of a language model: until the first token of all items, and what it writes after it.
+        share_of_bandwidth: of what the memory could deliver, if a step read the weights and nothing else.
     """
 
     batch: int
@@ -40,6 +42,9 @@ class Cell(msgspec.Struct, frozen=True):
     p95_ms: float
     throughput: float
     pairs: int
+    prefill_ms: float | None = None
+    tokens_per_s: float | None = None
+    share_of_bandwidth: float | None = None
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -51,7 +56,7 @@ class Row(msgspec.Struct, frozen=True):
         speedup, speedup_ci: over the baseline at the objective's batch, with its 95 % interval.
         latency_ms: ``p50`` and ``p95`` of one call at that batch.
         throughput: items per second at that batch.
-        drift: measures of `drift.drift`; which of them mean an error, `drift.ERRORS` says.
+        drift: measures of `drift.drift`; which of them mean an error, `drift.is_error` says.
         size_bytes: of the files, or of the weights in memory for a torch rung.
         first_s: the first call after loading.
         peak_bytes: the most memory that was used at once.
@@ -91,13 +96,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         chosen: rung of the row that won; the baseline's where none did.
-        budget: bounds of drift by measure: the most of `drift.ERRORS`, the least of others.
+        budget: bounds of drift by measure: the most of `drift.is_error`, the least of others.
         environment: machine, versions and settings that the numbers belong to.
         noise: ``None`` if the control was not run.
         samples: ``count``, and how many of them were for ``evaluation`` and ``calibration``; ``length_p10``,
             ``length_p50``, ``length_p90`` in tokens, where items have a length.
         seconds: the whole ladder took.
         headrace: version.
+        compared_by: function of the user's that has measured drift; empty where the task's own measures were taken.
     """
 
     baseline: str
@@ -113,3 +119,4 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     samples: dict[str, float]
     seconds: float
     headrace: str
+    compared_by: str = ""

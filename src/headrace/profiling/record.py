@@ -145,8 +145,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One run.
 
     Args:
-        command: as it was given, for people; ``arguments`` to run it again.
+        command: as it was given, for people; ``arguments`` to run it again in ``directory``: those of a program, or of
+            Python where the first one is a script or ``-m``.
         started: seconds since 1970.
+        attached: it was a look at a process that went on: its seconds are those of a window, of any length.
         wall_s, cpu_s: of the run; ``cpu_s`` is the process's own, user and system.
         children_cpu_s: of processes it started and waited for.
         rate_hz: mean rate at which it was sampled; 0 without sampling.
@@ -163,10 +165,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
     command: str
     arguments: list[str] = []
+    directory: str = ""
     started: float
     pid: int
     machine: Machine
     commit: str = ""
+    attached: bool = False
     wall_s: float
     cpu_s: float
     children_cpu_s: float = 0.0

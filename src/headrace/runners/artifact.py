@@ -20,17 +20,19 @@ from headrace.artifact import Manifest, Subject, TensorSpec
 from headrace.config import ModelConfig
 from headrace.core import ModelInfo
 from headrace.errors import ConfigError, HeadraceError, InvalidInput, LoadError
-from headrace.runners import Loaded, collate, drift, engines, huggingface, text
+from headrace.runners import Loaded, collate, drift, huggingface, text
 from headrace.runners.collate import Array, Item
 from headrace.runners.devices import require_torch
+from headrace.runners.way import GENERATE, Way, Writing, of_files, of_module
 
 _log = logging.getLogger(__name__)
 
-# Of a torch artifact: a Hugging Face directory, or the weights of a module that its factory makes.
+# Of a torch artifact: a Hugging Face directory, a file of torch's own, or the weights of what a factory makes.
 MODEL = "model"
 WEIGHTS = "weights.safetensors"
+_ARCHIVE = "archive"
 PACKED = "packed"
-_PLATFORMS = {"onnx": "onnxruntime", "openvino": "openvino", "aot": "aotinductor", "torch": "transformers"}
+_PLATFORMS = {"onnx": "onnxruntime", "openvino": "openvino", "aot": "aotinductor"}
 
 
 def open_artifact(config: ModelConfig, device: str) -> Loaded:
@@ -118,10 +120,10 @@ def self_test(directory: Path, device: str) -> dict[str, float]:
 def _test(directory: Path, manifest: Manifest, runner: _Runner) -> dict[str, float]:
     """Drift as the ladder measures it: of answers to items alone. Those of a batch only where a bound is for them."""
     items, wanted = read_golden(directory)
-    found = [runner.run([item])[0] for item in items]
+    found = [runner.way.answer([item])[0] for item in items]
     measured = drift.drift(manifest.subject.task, wanted, found, manifest.subject.activation)
     if any(name.startswith("batch_") for name in manifest.budget):
-        measured |= drift.batch_drift(found, runner.run(items))
+        measured |= drift.batch_drift(found, runner.way.answer(items), manifest.subject.task)
     return measured
 
 
@@ -156,15 +158,14 @@ class _Runner:
             manifest, packages=artifact.installed(needed.packages), device=device, capability=capability
         )
         self._subject = manifest.subject
-        self._packed = PACKED in manifest.recipe
-        self._engine = _engine(directory, manifest, device)
+        self.way = _way(directory, manifest, device)
 
     def load(self, device: str) -> None:
         """It is where it is to run already."""
 
     def run(self, inputs: list[Any]) -> list[Any]:
         items = [collate.as_item(self._subject, each) for each in inputs]
-        return collate.run(self._engine, items, self._subject, self._packed)
+        return self.way.go_on(items) if isinstance(self.way, Writing) else self.way.answer(items)
 
 
 def _capability(device: str) -> str:
@@ -176,18 +177,23 @@ def _capability(device: str) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-def _engine(directory: Path, manifest: Manifest, device: str) -> engines.Engine:
+def _way(directory: Path, manifest: Manifest, device: str) -> Way:
     # A worker's share of the cores, where there is one; else as many as it was measured with.
     share = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     threads = int(share) if share.isdigit() else manifest.threads
     if manifest.engine == "torch":
         require_torch()
-        return _torch_engine(directory, manifest, device)
-    return engines.open_exported(manifest.engine, directory, device, threads, manifest.subject)
+        return of_module(_module(directory, manifest), manifest.recipe, device, manifest.subject)
+    return of_files(manifest.engine, directory, manifest.recipe, device, threads, manifest.subject)
 
 
-def _torch_engine(directory: Path, manifest: Manifest, device: str) -> engines.Engine:
-    from headrace.runners import recipes
+def archived(file: Path) -> str:
+    """Where an artifact keeps the file that its module is read from."""
+    return f"{MODEL}/{_ARCHIVE}{file.suffix}"
+
+
+def _module(directory: Path, manifest: Manifest) -> Any:
+    """The model as it is, of the artifact's own weights."""
     from headrace.runners.subject import open_subject
 
     subject = manifest.subject
@@ -195,22 +201,21 @@ def _torch_engine(directory: Path, manifest: Manifest, device: str) -> engines.E
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        opened = open_subject(str(directory / MODEL), subject.task, [])
-    else:
-        from safetensors.torch import load_model
+        return open_subject(str(directory / MODEL), subject.task, []).module
+    items, _ = read_golden(directory)
+    if found := [name for name in manifest.files if name.startswith(f"{MODEL}/{_ARCHIVE}.")]:
+        return open_subject(str(directory / found[0]), subject.task, list(items)).module
+    from safetensors.torch import load_model
 
-        items, _ = read_golden(directory)
-        opened = open_subject(subject.target, subject.task, list(items))
-        load_model(opened.module, directory / MODEL / WEIGHTS)
-    module = recipes.apply([word for word in manifest.recipe if word != PACKED], opened.module, device)
-    by_shape = not recipes.GRAPHS.isdisjoint(manifest.recipe)
-    return engines.module_engine(module, device, buckets=subject if by_shape else None)
+    opened = open_subject(subject.target, subject.task, list(items))
+    load_model(opened.module, directory / MODEL / WEIGHTS)
+    return opened.module
 
 
 def _loaded(directory: Path, manifest: Manifest, runner: _Runner, config: ModelConfig, device: str) -> Loaded:
     subject = manifest.subject
     if subject.text is None:
-        return _of_tensors(directory, subject, runner, config, device)
+        return _of_tensors(directory, manifest, runner, config, device)
     spec = msgspec.structs.replace(
         subject.text,
         tokenizer=str(directory / subject.text.tokenizer),
@@ -220,7 +225,7 @@ def _loaded(directory: Path, manifest: Manifest, runner: _Runner, config: ModelC
     info = ModelInfo(
         name=config.name,
         task=subject.task,
-        platform=_PLATFORMS[manifest.engine],
+        platform=_platform(manifest),
         device=device,
         item_schema=msgspec.json.encode({"type": "string", "maxLength": config.max_input_chars}),
         output_schema=msgspec.json.encode(huggingface.OUTPUT_SCHEMAS[subject.task]),
@@ -228,8 +233,17 @@ def _loaded(directory: Path, manifest: Manifest, runner: _Runner, config: ModelC
         width=subject.width,
     )
     ids = np.arange(spec.max_tokens, dtype=np.int32) % max(1, spec.vocabulary // 2)
-    finish = _classify(subject) if subject.task == "classify" else np.asarray
+    finish: Callable[[Any], Any] = np.asarray
+    if subject.task == "classify":
+        finish = _classify(subject)
+    elif subject.task == GENERATE:
+        finish = _write(subject, spec.tokenizer)
     return Loaded(runner, info, cost=text.cost, finish=finish, example=lambda length: ids[:length])
+
+
+def _platform(manifest: Manifest) -> str:
+    """What runs it."""
+    return _PLATFORMS.get(manifest.engine, "transformers" if manifest.subject.text else "pytorch")
 
 
 def _classify(subject: Subject) -> Callable[[Any], dict[str, Any]]:
@@ -244,13 +258,29 @@ def _classify(subject: Subject) -> Callable[[Any], dict[str, Any]]:
     return classify
 
 
-def _of_tensors(directory: Path, subject: Subject, runner: _Runner, config: ModelConfig, device: str) -> Loaded:
+def _write(subject: Subject, tokenizer: str) -> Callable[[Any], dict[str, Any]]:
+    """Tokens that were written to their text, up to the one that ends it."""
+    from tokenizers import Tokenizer
+
+    words = Tokenizer.from_file(tokenizer)
+
+    def write(tokens: Array) -> dict[str, Any]:
+        (ended,) = np.nonzero(np.isin(tokens, subject.ends))
+        own = tokens[: ended[0]] if len(ended) else tokens
+        return {"text": words.decode(own.tolist()), "tokens": len(own)}
+
+    return write
+
+
+def _of_tensors(directory: Path, manifest: Manifest, runner: _Runner, config: ModelConfig, device: str) -> Loaded:
+    subject = manifest.subject
     info = ModelInfo(
         name=config.name,
         task="custom",
-        platform="pytorch",  # by which front ends know what its items look like
+        platform=_platform(manifest),
         device=device,
         item_schema=msgspec.json.encode(_schema(subject)),
+        tensors=True,
     )
     items, _ = read_golden(directory)
 

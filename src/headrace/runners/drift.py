@@ -12,9 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.runners import likelihood
+
 Array = npt.NDArray[Any]
-# Measures where less is better. Of all others, 1 is perfect and more is better.
-ERRORS = frozenset({"kl_mean", "max_logit_diff", "flips", "relative_error", "not_finite"})
+# Measures where 1 is perfect and more is better. Of all others, those of users' functions among them, less is better.
+AGREEMENTS = frozenset({"cos_mean", "cos_p1", "cos_min", "spearman", "neighbours", "top1"}) | {
+    "batch_cos_mean",
+    "batch_cos_min",
+    "batch_top1",
+}
+# Instead of any measure, where answers cannot be compared.
+_INCOMPARABLE = {
+    "not_finite": "answers are not finite numbers",
+    "other_shape": "answers have other shapes than those of the model as it is",
+    "batch_other_shape": "answers have other shapes in a batch than alone",
+}
 # A flip counts only where the model itself was sure: its best class led by this much probability.
 _SURE = 0.1
 _NEIGHBOURS = 5
@@ -27,16 +39,25 @@ def drift(task: str, wanted: Sequence[Array], found: Sequence[Array], activation
         embed: ``cos_mean``, ``cos_p1``, ``cos_min`` of the vectors, ``spearman`` of all similarities of pairs,
         ``neighbours``: share of the five nearest that are the same. classify: ``top1`` agreement, ``kl_mean``,
         ``max_logit_diff``, ``flips``: share of sure answers that changed. Others: ``relative_error``, the largest
-        difference over the largest value, and ``cos_mean``, ``cos_min``.
+        difference over the largest value, and ``cos_mean``, ``cos_min``. generate: see `likelihood.drift`.
     """
     if any(not np.isfinite(each).all() for each in found):
         return {"not_finite": 1.0}
+    if [each.shape for each in wanted] != [each.shape for each in found]:
+        return {"other_shape": 1.0}
     kind = compared_as(task, activation)
     if kind == "embed":
         return _embeddings(np.stack(wanted), np.stack(found))
+    if kind == "generate":
+        return likelihood.drift(wanted, found)
     if kind == "classify":
         return _classes(np.stack(wanted), np.stack(found), activation)
     return _others(wanted, found)
+
+
+def is_error(measure: str) -> bool:
+    """Whether less of a measure is better."""
+    return measure not in AGREEMENTS
 
 
 def compared_as(task: str, activation: str) -> str:
@@ -48,7 +69,7 @@ def _others(wanted: Sequence[Array], found: Sequence[Array]) -> dict[str, float]
     flat = [(a.ravel(), b.ravel()) for a, b in zip(wanted, found, strict=True)]
     scale = max(float(np.abs(a).max()) for a, _ in flat)
     cosines = np.array([_cosine(a, b) for a, b in flat])
-    worst = max(float(np.abs(a - b).max()) for a, b in flat)
+    worst = max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in flat)
     return {
         "relative_error": worst / max(scale, 1e-12),
         "cos_mean": float(cosines.mean()),
@@ -56,21 +77,31 @@ def _others(wanted: Sequence[Array], found: Sequence[Array]) -> dict[str, float]
     }
 
 
-def batch_drift(alone: Sequence[Array], batched: Sequence[Array]) -> dict[str, float]:
+def batch_drift(alone: Sequence[Array], batched: Sequence[Array], task: str = "") -> dict[str, float]:
     """How far an answer depends on what else is in its batch."""
+    if any(not np.isfinite(each).all() for each in (*alone, *batched)):
+        return {"not_finite": 1.0}
+    if [each.shape for each in alone] != [each.shape for each in batched]:
+        return {"batch_other_shape": 1.0}
+    if task == "generate":
+        return likelihood.batch_drift(alone, batched)
     cosines = np.array([_cosine(a.ravel(), b.ravel()) for a, b in zip(alone, batched, strict=True)])
     return {"batch_cos_mean": float(cosines.mean()), "batch_cos_min": float(cosines.min())}
 
 
 def breaches(measured: Mapping[str, float], bounds: Mapping[str, float]) -> str:
     """Which bounds are broken, in words; empty if none is."""
-    if "not_finite" in measured:
-        return "answers are not finite numbers"
+    for name, words in _INCOMPARABLE.items():
+        if name in measured:
+            return words
     said = []
     for name, bound in bounds.items():
+        if name not in measured:
+            said.append(f"{name} could not be measured")
+            continue
         value = measured[name]
-        if not (value <= bound if name in ERRORS else value >= bound):  # also where it is no number
-            said.append(f"{name} {value:.4g} is {'over' if name in ERRORS else 'under'} {bound:g}")
+        if not (value <= bound if is_error(name) else value >= bound):  # also where it is no number
+            said.append(f"{name} {value:.4g} is {'over' if is_error(name) else 'under'} {bound:g}")
     return ", ".join(said)
 
 
@@ -99,7 +130,7 @@ def _classes(wanted: Array, found: Array, activation: str) -> dict[str, float]:
     return {
         "top1": float(same.mean()),
         "kl_mean": float(kl.mean()),
-        "max_logit_diff": float(np.abs(wanted - found).max()),
+        "max_logit_diff": float(np.abs(wanted.astype(np.float64) - found).max()),
         "flips": float((~same & sure).sum() / max(1, sure.sum())),
     }
 
@@ -129,6 +160,8 @@ def _similarities(vectors: Array) -> Array:
 
 def _spearman(a: Array, b: Array) -> float:
     """Correlation of ranks. Ties are as good as none among products of floats."""
+    if len(a) < 2:  # of two items there is one similarity: nothing that could be in another order
+        return 1.0
     ranks_a, ranks_b = a.argsort().argsort(), b.argsort().argsort()
     return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from headrace.artifact import Subject
 from headrace.errors import Unavailable
 from headrace.runners.collate import Array
 from headrace.runners.devices import require_torch
+from headrace.runners.layouts import Layout, Shape, laid_out
 
 
 class Engine(Protocol):
@@ -28,7 +27,6 @@ ONNX_FILE = "model.onnx"
 OPENVINO_FILE = "model.xml"
 AOT_FILE = "model.pt2"
 _CUDA = "CUDAExecutionProvider"
-_SHORT, _STEP = 16, 32
 
 
 def open_exported(kind: str, directory: Path, device: str, threads: int, subject: Subject) -> Engine:
@@ -48,8 +46,12 @@ def open_exported(kind: str, directory: Path, device: str, threads: int, subject
     return open_aot(directory, device, [each.name for each in subject.inputs])
 
 
-def open_onnx(directory: Path, device: str, threads: int) -> Engine:
-    """Raises `Unavailable` without onnxruntime, or without its build for GPUs where it is to run on one."""
+def onnx_session(directory: Path, device: str, threads: int) -> Any:
+    """A session of ONNX Runtime.
+
+    Raises:
+        Unavailable: without onnxruntime, or without its build for GPUs where it is to run on one.
+    """
     try:
         import onnxruntime
     except ImportError:
@@ -64,7 +66,12 @@ def open_onnx(directory: Path, device: str, threads: int) -> Engine:
         if _CUDA not in onnxruntime.get_available_providers():  # it would run on the CPU without a word
             raise Unavailable("this onnxruntime runs on a CPU only", hint="pip install onnxruntime-gpu")
         providers.insert(0, (_CUDA, {"device_id": int(device.partition(":")[2] or 0)}))
-    session = onnxruntime.InferenceSession(str(directory / ONNX_FILE), options, providers=providers)
+    return onnxruntime.InferenceSession(str(directory / ONNX_FILE), options, providers=providers)
+
+
+def open_onnx(directory: Path, device: str, threads: int) -> Engine:
+    """Raises `Unavailable` as `onnx_session` does."""
+    session = onnx_session(directory, device, threads)
     names = {each.name for each in session.get_inputs()}
 
     def run(batch: dict[str, Array]) -> Array:
@@ -100,64 +107,47 @@ def open_openvino(directory: Path, device: str, threads: int) -> Engine:
 
 
 def open_aot(directory: Path, device: str, names: list[str]) -> Engine:
-    """An AOTInductor package. ``names`` are the inputs in the order of the module's parameters."""
+    """An AOTInductor package. ``names`` are the inputs in the order of the module's parameters.
+
+    Not by `torch._inductor.aoti_load_package`: that imports all of the compiler and tries the C++ compiler on every
+    instruction set, seconds of work, only to warn. Whether this processor has what a package needs, its manifest says.
+    """
     import torch
 
-    package: Callable[..., Any] = torch._inductor.aoti_load_package(
-        str(directory / AOT_FILE), device_index=-1 if device == "cpu" else int(device.partition(":")[2] or 0)
-    )
+    index = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
+    package = torch._C._aoti.AOTIModelPackageLoader(str(directory / AOT_FILE), "model", False, 1, index)
 
     def run(batch: dict[str, Array]) -> Array:
         with torch.inference_mode():
-            output = package(**{name: torch.from_numpy(batch[name]).to(device) for name in names})
+            output = package.boxed_run([torch.from_numpy(batch[name]).to(device) for name in names])
         return as_array(output)
 
     return run
 
 
-def module_engine(module: Any, device: str, *, buckets: Subject | None = None) -> Engine:
+def module_engine(module: Any, device: str, layout: Layout | None = None) -> Engine:
     """A torch module, on a device already.
 
     Args:
-        buckets: of a module whose GPU graphs are captured by shape: batches are filled up to few shapes.
+        layout: of a module that is compiled, or captured, by shape: batches are laid out in few of them.
     """
     import torch
 
     def run(batch: dict[str, Array]) -> Array:
-        items = len(next(iter(batch.values())))
-        longest = {name: value.shape[1] for name, value in batch.items() if value.ndim > 1}
-        if buckets is not None:
-            batch = fill_up(batch, buckets)
+        items, *length = next(iter(batch.values())).shape[:2]
+        laid = batch if layout is None else laid_out(layout, batch)
         # A caller keeps an answer while the next one is made: graphs write all of theirs to the same place.
         with torch.inference_mode():
-            output = as_array(module(**{name: torch.from_numpy(value).to(device) for name, value in batch.items()}))
-        if buckets is not None:
-            output = output[:items]
-            ragged = next((spec.name for spec in buckets.inputs if spec.ragged), None)
-            if ragged and output.ndim > 2 and output.shape[1] == batch[ragged].shape[1]:
-                output = output[:, : longest[ragged]]
-        return output
+            output = as_array(module(**{name: torch.from_numpy(value).to(device) for name, value in laid.items()}))
+        return output if layout is None else own_part(output, items, length, layout.shape(batch))
 
     return run
 
 
-def fill_up(batch: dict[str, Array], subject: Subject) -> dict[str, Array]:
-    """A batch of one of few shapes: items to the next power of two, lengths to the next of 16, 32, 64, 96, 128, …"""
-    found = {}
-    for spec in subject.inputs:
-        value = batch[spec.name]
-        rows = 1 << (len(value) - 1).bit_length()
-        # The first item again rather than zeros: attention over nothing is no number.
-        value = np.concatenate([value, np.repeat(value[:1], rows - len(value), axis=0)])
-        if spec.ragged:
-            size = value.shape[1]
-            wanted = 16 if size <= _SHORT else -(-size // _STEP) * _STEP
-            if subject.text is not None:  # the model has no positions beyond
-                wanted = max(size, min(wanted, subject.text.max_tokens))
-            room = np.full((rows, wanted - size, *value.shape[2:]), 0 if spec.mask else spec.pad, value.dtype)
-            value = np.concatenate([value, room], axis=1)
-        found[spec.name] = value
-    return found
+def own_part(output: Array, items: int, length: list[int], shape: Shape) -> Array:
+    """Of what a filled-up batch gave, the rows of its own items; of one row per token those of their own tokens."""
+    output = output[:items]
+    return output[:, : length[0]] if length and output.ndim > 2 and output.shape[1] == shape[1] else output
 
 
 def as_array(output: Any) -> Array:

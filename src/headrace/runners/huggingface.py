@@ -72,8 +72,14 @@ class Files:
         raise LoadError(
             f"cannot tell what {self.directory.name} ({', '.join(names) or 'no architecture named'}) is for",
             field="task",
-            hint="say --task embed, classify or logits",
+            hint="say --task embed, classify, logits or generate",
         )
+
+    def optimised_as(self, wanted: str) -> str:
+        """As `task`; and what writes is known by its name, though it is not served from here."""
+        names = self.config.get("architectures") or []
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+        return "generate" if wanted == "auto" and causal else self.task(wanted)
 
     def prefix(self) -> str:
         """The prompt that sentence-transformers puts before every text unless told otherwise.
@@ -147,7 +153,9 @@ def load_model(files: Files, task: str, target: str, **options: Any) -> Any:
     import torch
     import transformers
 
-    kind = transformers.AutoModel if task == "embed" else transformers.AutoModelForSequenceClassification
+    kind = {"embed": transformers.AutoModel, "generate": transformers.AutoModelForCausalLM}.get(
+        task, transformers.AutoModelForSequenceClassification
+    )
     try:
         model = kind.from_pretrained(files.directory, trust_remote_code=False, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
@@ -169,6 +177,7 @@ _NUMBERS = {"type": "array", "items": {"type": "number"}}
 OUTPUT_SCHEMAS: dict[str, Any] = {
     "embed": _NUMBERS,
     "logits": _NUMBERS,
+    "generate": {"type": "object", "properties": {"text": {"type": "string"}, "tokens": {"type": "integer"}}},
     "classify": {
         "type": "object",
         "properties": {

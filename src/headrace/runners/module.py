@@ -38,8 +38,7 @@ class ModuleRunner:
         self._device = "cpu"
         self._names = _parameters(module)
         self._takes_mask = "attention_mask" in (self._names or ())
-        floats = [p.dtype for p in module.parameters() if p.dtype.is_floating_point]
-        self._number = floats[0] if floats and not _embeddings(module) else None
+        self._number = number_type(module)
 
     def load(self, device: str) -> None:
         self._device = device
@@ -166,6 +165,7 @@ def open_module(config: ModelConfig, module: torch.nn.Module, device: str, platf
         platform=platform,
         device=device,
         item_schema=msgspec.json.encode(_SCHEMA),
+        tensors=True,
     )
     example = None
     if config.example:
@@ -228,6 +228,13 @@ def vocabulary_of(module: torch.nn.Module) -> int | None:
             return None
         parts = [found] if isinstance(found, torch.nn.Embedding) else []
     return int(parts[0].weight.shape[0]) if len(parts) == 1 else None
+
+
+def number_type(module: torch.nn.Module) -> torch.dtype | None:
+    """What numbers become that a module is given, whether or not they are whole; ``None`` where they stay as they
+    are: a module that looks up rows of a table takes numbers of rows."""
+    floats = [p.dtype for p in module.parameters() if p.dtype.is_floating_point]
+    return floats[0] if floats and not _embeddings(module) else None
 
 
 def _embeddings(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -13,10 +13,13 @@ import torch
 
 from headrace.errors import Unavailable
 
-# Words for the run around the module, not for the module itself.
+# Words for the run around the module, not for the module itself: `way.py` heeds them.
 PACKED = "packed"
-# Those that capture graphs of the GPU by shape.
-GRAPHS = frozenset({"reduce-overhead", "max-autotune"})
+GRAPHS = "graphs"
+VARLEN = "varlen"
+CACHES = ("kv-off", "kv-dynamic", "kv-static")
+# Modes of torch.compile that are made for one shape each.
+BY_SHAPE = frozenset({"reduce-overhead", "max-autotune"})
 
 
 def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
@@ -26,8 +29,6 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
         Unavailable: a package for a step is missing; says which.
     """
     module = module.eval()
-    if recipe == ["sdpa"] and not any(hasattr(part, "set_attn_implementation") for part in module.modules()):
-        raise Unavailable("the module has no attention that can be exchanged: not a model of transformers")
     quantizing = [word for word in recipe if word in _ON_DEVICE]
     for word in recipe:
         if word in _BEFORE:
@@ -35,9 +36,13 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
     module = module.to(device)
     for word in quantizing:
         module = _ON_DEVICE[word](module)
+    if VARLEN in recipe:
+        from headrace.runners import varlen
+
+        module = varlen.exchange(module, device)
     for word in recipe:
         if word in _COMPILES:
-            return _COMPILES[word](module, device)
+            return _compile(_COMPILES[word], by_shape=GRAPHS in recipe)(module)
     return module
 
 
@@ -99,12 +104,13 @@ def _nf4(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _compile(**options: Any) -> Callable[[torch.nn.Module, str], Any]:
-    def compile_(module: torch.nn.Module, device: str) -> Any:
-        # One graph for all lengths, unless graphs of the GPU are captured: those are made for few shapes.
+def _compile(mode: str, by_shape: bool) -> Callable[[torch.nn.Module], Any]:
+    def compile_(module: torch.nn.Module) -> Any:
+        # One compilation for all lengths, unless graphs of the GPU are captured: those are of few shapes.
         torch._dynamo.config.recompile_limit = 64
-        dynamic = "mode" not in options
-        return torch.compile(module, dynamic=dynamic, **options)
+        if mode == "default":
+            return torch.compile(module, dynamic=not by_shape)
+        return torch.compile(module, mode=mode, dynamic=False)
 
     return compile_
 
@@ -127,11 +133,7 @@ _ON_DEVICE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "fp8": _torchao(lambda ao: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
     "nf4": _nf4,
 }
-_COMPILES: dict[str, Callable[[torch.nn.Module, str], Any]] = {
-    "compile": _compile(),
-    "reduce-overhead": _compile(mode="reduce-overhead"),
-    "max-autotune": _compile(mode="max-autotune"),
-}
+_COMPILES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
 
 
 def bytes_of(module: Any) -> int:

@@ -151,7 +151,7 @@ def _predict(info: ModelInfo, ident: str) -> dict[str, Any]:
     ]
     if info.text:
         forms += [_TOKENS, _TOKEN_BATCH]
-    elif info.platform in ("pytorch", "torchscript"):
+    elif info.tensors:
         forms.append({"type": "object", "minProperties": 1, "additionalProperties": {"type": "array"}})
     body = {"anyOf": forms} | ({"$defs": item["$defs"]} if "$defs" in item else {})
     answer = {

@@ -79,7 +79,7 @@ class Form:
 def outputs_of(info: ModelInfo) -> list[Tensor]:
     if info.width:
         return [Tensor("output", "FP32", [-1, info.width])]
-    if info.task == "logits" or info.platform in ("pytorch", "torchscript"):
+    if info.task == "logits" or info.tensors:
         return [Tensor("output", "FP32", [-1, -1])]
     slot = _typed_slot("output", _schema(info.output_schema))
     return [slot.tensor if slot else Tensor("output", "BYTES", [-1])]
@@ -93,7 +93,7 @@ def forms_of(info: ModelInfo) -> list[Form]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         tokens = {name: Slot(Tensor(name, "INT64", [-1, -1]), INTEGERS, _lists) for name in names}
         return [_form(text), Form(tokens, frozenset({"input_ids"}), named=True)]
-    if info.platform in ("pytorch", "torchscript"):
+    if info.tensors:
         floats = Tensor("input", "FP32", [-1, -1])
         one = Slot(floats, NUMBERS | _BOOL, _arrays, any_shape=True)
         # A dictionary is checked against the item's schema, which knows lists only.
