@@ -90,7 +90,9 @@ def main() -> int:
     parser.add_argument("--cap-s", type=float, default=0.0, help="of a build or an answer; 0 is the ladder's own")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="of the figures; benchmarks/results/ladder-cpu-DATE.json where not said")
+    parser.add_argument(
+        "--out", type=Path, help="of the figures; benchmarks/results/ladder-cpu-DATE.json where not said"
+    )
     parser.add_argument("--keep", type=Path, help="make an artifact of the chosen rung there")
     options = parser.parse_args()
     lines = "".join(json.dumps({"input": each}) + "\n" for each in sentences())

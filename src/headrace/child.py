@@ -20,7 +20,8 @@ from pathlib import Path
 from headrace import log
 from headrace.clock import sleep
 from headrace.config import Config
-from headrace.core import Drain, Frame
+from headrace.core import Cancel, Drain, Frame, Request
+from headrace.errand import Errands
 from headrace.ipc import ChannelClosed, SocketChannel
 from headrace.metrics import Row
 from headrace.metrics.current import adopt
@@ -51,9 +52,11 @@ class Child:
         log.set_up(self.slot, level=self.config.log_level, style=self.config.log_format)
         self.row = Row(self.run_dir.metrics_file(self.slot))
         adopt(self.row, self.run_dir.metrics)
+        self._errands = Errands(self.tell)
 
     def watch(self, on_drain: Callable[[float], None]) -> None:
-        """Listen to the supervisor from a thread: call back on `Drain`, end the process when it is gone."""
+        """Listen to the supervisor from a thread: call back on `Drain`, do errands beside the work, and end the process
+        when it is gone."""
         threading.Thread(target=self._listen, args=(on_drain,), name="control", daemon=True).start()
 
     def tell(self, frame: Frame) -> None:
@@ -72,6 +75,8 @@ class Child:
             for frame in frames:
                 if isinstance(frame, Drain):
                     on_drain(frame.grace_s)
+                elif isinstance(frame, Request | Cancel):
+                    self._errands.receive(frame)
 
     def _vanish(self) -> None:
         """End this process and every process it has started: it leads its own process group."""

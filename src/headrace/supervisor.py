@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -17,8 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from headrace.clock import SYSTEM, Clock
-from headrace.core import Beat, Drain, Frame, Hello
+from headrace.core import Beat, Cancel, Drain, Frame, Hello, Outcome, Request
+from headrace.errand import Errand, Errands
+from headrace.errors import DeadlineExceeded, NotReady, WorkerLost, from_fault
 from headrace.ipc import ChannelClosed, FrameDecoder, SocketChannel
 from headrace.rundir import RunDir
 
@@ -32,6 +37,10 @@ STABLE_S = 30.0
 # A child that is suspended (SIGSTOP) and has not been heard for this long is given up.
 SILENCE_S = 5.0
 WATCH_S = 0.25
+# A thread that only listens is woken at once, unless code of C holds the interpreter.
+BEGIN_S = 3.0
+# This process, among those that can be asked for something.
+ITSELF = "supervisor"
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,14 @@ class _State:
     first_ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(eq=False)
+class _Ask:
+    """An errand that somebody waits for; ``None`` among the answers: the process has ended."""
+
+    slot: str
+    answers: asyncio.Queue[Outcome | None] = field(default_factory=asyncio.Queue)
+
+
 class Supervisor:
     """Keeps a set of children running.
 
@@ -90,6 +107,10 @@ class Supervisor:
         self._clock = clock
         self._children: dict[str, _State] = {}
         self._watcher = asyncio.ensure_future(self._watch())
+        self._numbers = itertools.count(1)
+        self._asks: dict[int, _Ask] = {}
+        self._loop = asyncio.get_running_loop()
+        self._errands = Errands(self._answer_from_thread)
 
     def start(self, spec: Spec) -> None:
         """Start a child and keep it running until `stop`."""
@@ -110,7 +131,7 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """The living processes by slot, this one among them."""
         living = {slot: pid for slot in self._children if (pid := self.pid(slot))}
-        return {**living, "supervisor": os.getpid()}
+        return {**living, ITSELF: os.getpid()}
 
     def restarts(self, slot: str) -> int:
         return self._children[slot].restarts
@@ -118,6 +139,31 @@ class Supervisor:
     def failures(self, slot: str) -> int:
         """How many times in a row the child has ended within `STABLE_S` of its start."""
         return self._children[slot].failures
+
+    async def ask(self, slot: str, errand: Errand, *, within_s: float) -> bytes:
+        """Have a process, or `ITSELF`, do something beside its work; what it answers.
+
+        Args:
+            within_s: how long it may take once it has begun.
+
+        Raises:
+            NotReady: there is no process in the slot just now.
+            WorkerLost: it has ended meanwhile.
+            DeadlineExceeded: it did not begin, or did not end, in time.
+            HeadraceError: whatever it answers instead.
+        """
+        ident, ask = next(self._numbers), _Ask(slot)
+        self._asks[ident] = ask
+        try:
+            self._send(slot, Request(ident, msgspec.msgpack.encode(errand), 0, within_s))
+            outcome = await self._next(ask, BEGIN_S)
+            return (outcome if outcome.last else await self._next(ask, within_s)).body
+        except BaseException:
+            with contextlib.suppress(NotReady, WorkerLost):
+                self._send(slot, Cancel(ident))
+            raise
+        finally:
+            del self._asks[ident]
 
     async def wait_ready(self, slot: str) -> bool:
         """True once the child has been ready; False if it ended before."""
@@ -153,6 +199,40 @@ class Supervisor:
 
     def close(self) -> None:
         self._watcher.cancel()
+
+    def _send(self, slot: str, frame: Request | Cancel) -> None:
+        if slot == ITSELF:
+            self._errands.receive(frame)
+            return
+        control = self._children[slot].control if self.knows(slot) and self.pid(slot) else None
+        if control is None:
+            raise NotReady(f"{slot} does not run just now", hint="if it is one of this server's, it is being started")
+        try:
+            control.send(frame)
+        except ChannelClosed:
+            raise _lost(slot) from None
+
+    async def _next(self, ask: _Ask, within_s: float) -> Outcome:
+        try:
+            async with asyncio.timeout(within_s):
+                outcome = await ask.answers.get()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{ask.slot} does not answer: it is starting, suspended, or code of C holds its interpreter"
+            ) from None
+        if outcome is None:
+            raise _lost(ask.slot)
+        if outcome.fault is not None:
+            raise from_fault(outcome.fault)
+        return outcome
+
+    def _answer_from_thread(self, outcome: Outcome) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            self._loop.call_soon_threadsafe(self._answer, outcome)
+
+    def _answer(self, outcome: Outcome) -> None:
+        if ask := self._asks.get(outcome.id):
+            ask.answers.put_nowait(outcome)
 
     def _kill(self, state: _State) -> None:
         if state.process is not None and state.process.returncode is None:
@@ -220,6 +300,9 @@ class Supervisor:
             loop.remove_reader(descriptor)
             state.control.close()
             self._run_dir.forget_pid(spec.slot)
+            for ask in self._asks.values():
+                if ask.slot == spec.slot:
+                    ask.answers.put_nowait(None)
             spec.on_end()
 
     def _read(self, state: _State, ours: socket.socket, descriptor: int, decoder: FrameDecoder) -> None:
@@ -243,6 +326,8 @@ class Supervisor:
             self._on_change()
         elif isinstance(frame, Beat):
             state.busy_s = frame.busy_s
+        elif isinstance(frame, Outcome):
+            self._answer(frame)
 
     async def _watch(self) -> None:
         while True:
@@ -274,6 +359,10 @@ class Supervisor:
         if silent_s > max(SILENCE_S, spec.step_timeout_s):
             return f"has not been heard for {silent_s:.0f} s"
         return ""
+
+
+def _lost(slot: str) -> WorkerLost:
+    return WorkerLost(f"{slot} has ended meanwhile", hint="the server's log says why; it is being started again")
 
 
 def _how(code: int) -> str:

@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from headrace import live_profile
 from headrace.config import Config, usable_cpus
 from headrace.errors import LoadError, Unavailable
 from headrace.serving.server import serve
@@ -54,22 +56,30 @@ def everything(config: Config, on_ready: OnReady, reread: Callable[[], Config]) 
     Where the configuration has no agents, there are models only.
     """
     if not config.app:
-        return asyncio.run(serve(config, on_ready, reread))
+        return asyncio.run(serve(config, on_ready, reread, profiler=live_profile.NAME))
     with _store_of_our_own(config):
         return asyncio.run(
-            serve(config, on_ready, reread, front_end=_FRONT_END, others=lambda url: task_workers(config, url))
+            serve(
+                config,
+                on_ready,
+                reread,
+                front_end=_FRONT_END,
+                others=partial(task_workers, config),
+                profiler=live_profile.NAME,
+            )
         )
 
 
 def gateway(config: Config, on_ready: OnReady) -> int:
     """Front ends for agents, without task workers."""
     _publish(config)
-    return asyncio.run(serve(config, on_ready, front_end=_FRONT_END))
+    return asyncio.run(serve(config, on_ready, front_end=_FRONT_END, profiler=live_profile.NAME))
 
 
 def worker(config: Config, on_ready: OnReady) -> int:
     """Task workers alone."""
-    return asyncio.run(serve(config, on_ready, front_end=None, others=lambda url: task_workers(config, url)))
+    others = partial(task_workers, config)
+    return asyncio.run(serve(config, on_ready, front_end=None, others=others, profiler=live_profile.NAME))
 
 
 def task_workers(config: Config, url: str) -> Sequence[Spec]:

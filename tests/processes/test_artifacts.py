@@ -18,14 +18,16 @@ import pytest
 from conftest import HEADRACE, MODELS, Server, serving
 from headrace import artifact
 from headrace.config import ModelConfig
-from headrace.optimizing import rungs
+from headrace.optimizing import export, rungs
 from headrace.optimizing.child import Job
 from headrace.optimizing.pack import Way, assemble
 from headrace.optimizing.process import Process
 from headrace.optimizing.samples import divide
 from headrace.runners import drift, open_target
-from headrace.runners.artifact import read_golden
+from headrace.runners.artifact import read_golden, write_golden
+from headrace.runners.subject import open_subject
 from headrace.runners.text import TextPreparer
+from headrace.runners.way import of_module
 
 BUDGET = {"cos_mean": 0.99, "spearman": 0.98, "batch_cos_min": 0.95}
 TEXTS = [
@@ -196,11 +198,13 @@ def test_an_exported_program_is_a_target_and_becomes_an_artifact(
     file = tmp_path / "samples.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in inputs))
     done = subprocess.run(
-        [HEADRACE, "optimize", "mine.pt2", "--samples", str(file), "--rungs", "bf16", "--out", "mine.hr"]
-        + ["--format", "json", "--effort", "0.1", "--threads", "1"],
+        [
+            *(HEADRACE, "optimize", "mine.pt2", "--samples", str(file), "--rungs", "bf16", "--out", "mine.hr"),
+            *("--format", "json", "--effort", "0.1", "--threads", "1"),
+        ],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -232,27 +236,35 @@ def classifier(directory: Path, minilm: Path, **options: Any) -> str:
     return str(directory)
 
 
-WORDS = "water wheel river stone model request batch memory light answer question garden winter engine".split()
+WORDS = ["water", "wheel", "river", "stone", "model", "request", "batch", "memory", "light", "answer", "garden"]
 PHRASES = [
     " ".join(WORDS[(number * step + step * step) % len(WORDS)] for step in range(2 + number % 9))
     for number in range(40)
 ]
 
 
-def test_a_classifier_is_as_sure_of_the_same_labels(tmp_path: Path, minilm: Path) -> None:
-    labels = ["bad", "fair", "good"]
-    source = classifier(tmp_path / "source", minilm, num_labels=3, id2label=dict(enumerate(labels)))
-    file = tmp_path / "samples.jsonl"
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A folder with a classifier and what `headrace optimize` has made of it."""
+    folder = tmp_path_factory.mktemp("classified")
+    source = classifier(folder / "source", minilm, num_labels=3, id2label=dict(enumerate(["bad", "fair", "good"])))
+    file = folder / "samples.jsonl"
     file.write_text("".join(json.dumps({"input": text}) + "\n" for text in PHRASES))
-    out = tmp_path / "model.hr"
     done = subprocess.run(
-        [HEADRACE, "optimize", source, "--samples", str(file), "--rungs", "ort-int8-dynamic", "--out", str(out)]
-        + ["--preset", "balanced", "--effort", "0.1", "--threads", "1"],
+        [
+            *(HEADRACE, "optimize", source, "--samples", str(file), "--rungs", "ort-int8-dynamic"),
+            *("--out", str(folder / "model.hr"), "--preset", "balanced", "--effort", "0.1", "--threads", "1"),
+        ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_classifier_is_as_sure_of_the_same_labels(classified: Path, tmp_path: Path) -> None:
+    out = classified / "model.hr"
     report = json.loads((out / "report.json").read_bytes())
     assert (report["task"], report["budget"]) == ("classify", {"top1": 0.98, "kl_mean": 0.02})
     row = report["rows"][1]
@@ -261,33 +273,52 @@ def test_a_classifier_is_as_sure_of_the_same_labels(tmp_path: Path, minilm: Path
     assert 0 < row["drift"]["kl_mean"] <= 0.02
     assert row["speedup_ci"][0] <= row["speedup"] <= row["speedup_ci"][1]
 
-    model = open_target(ModelConfig(name="m", target=source), "cpu")
+    model = open_target(ModelConfig(name="m", target=str(classified / "source")), "cpu")
     assert model.info.text is not None
     preparer = TextPreparer(model.info.text)
     wanted = [model.finish(model.runner.run([preparer.text(text)])[0]) for text in PHRASES]
-    assert {each["label"] for each in wanted} == set(labels), "each label is somebody's"
+    assert len({each["label"] for each in wanted}) > 1, "they depend on the text"
     with serving(tmp_path, str(out)) as server:
-        found = server.client.post("/predict", json={"inputs": PHRASES}).json()["predictions"]
-    for each in found:
-        assert each["score"] == max(each["scores"].values()) == each["scores"][each["label"]]
-    here, there = ([np.log(list(each["scores"].values())) for each in some] for some in (wanted, found))
-    measured = drift.drift("classify", here, there)
-    assert not drift.breaches(measured, report["budget"]), measured
-    assert measured["top1"] == np.mean([a["label"] == b["label"] for a, b in zip(wanted, found, strict=True)])
+        alone = [server.predict(text).json()["prediction"] for text in PHRASES]
+        together = server.client.post("/predict", json={"inputs": PHRASES}).json()["predictions"]
+    for found in (alone, together):
+        for a, b in zip(wanted, found, strict=True):
+            assert b["score"] == max(b["scores"].values()) == b["scores"][b["label"]]
+            first, second = sorted(a["scores"].values())[:-3:-1]
+            assert a["label"] == b["label"] or first - second < 0.1, "only where the model itself is not sure"
+        here, there = ([np.log(list(each["scores"].values())) for each in some] for some in (wanted, found))
+        measured = drift.drift("classify", here, there)
+        assert not drift.breaches(measured, {"kl_mean": report["budget"]["kl_mean"], "flips": 0.0}), measured
 
 
 def test_a_regression_gives_the_same_numbers(tmp_path: Path, minilm: Path) -> None:
+    """Built here as the ladder's processes do it."""
     source = classifier(tmp_path / "source", minilm, num_labels=1, problem_type="regression")
-    directory = made(tmp_path, source, ["ort"], PHRASES, {"relative_error": 1e-3})
+    opened = open_subject(source, "auto", [])
+    assert drift.compared_as(opened.subject.task, opened.subject.activation) == "logits"
+    items = [opened.prepare(text) for text in PHRASES[:8]]
+    wanted = of_module(opened.module, [], "cpu", opened.subject).answer(items)
+    assert np.ptp(wanted) > 0.1, "they depend on the text"
+    directory = tmp_path / "model.hr"
+    directory.mkdir()
+    export.export(rungs.find("ort"), opened.subject, opened.module, items[:2], [], directory)
+    write_golden(directory, items, wanted)
+    shutil.copy(minilm / "tokenizer.json", directory)
+    assert opened.subject.text is not None
+    text = msgspec.structs.replace(opened.subject.text, tokenizer="tokenizer.json")
+    subject = msgspec.structs.replace(opened.subject, text=text)
+    artifact.write(
+        directory, artifact.Manifest(rung="ort", engine="onnx", subject=subject, budget={"relative_error": 1e-3})
+    )
     answers = []
     for target in (source, directory):
         loaded = open_target(ModelConfig(name="m", target=str(target)), "cpu")
         assert loaded.info.text is not None
         preparer = TextPreparer(loaded.info.text)
-        outputs = [loaded.finish(loaded.runner.run([preparer.text(text)])[0]) for text in PHRASES[:8]]
-        answers.append([output["score"] for output in outputs])
-    assert np.ptp(answers[0]) > 0.1, "they depend on the text"
-    assert np.allclose(*answers, atol=1e-3 * np.abs(answers[0]).max())
+        answers.append([loaded.finish(loaded.runner.run([preparer.text(text)])[0]) for text in PHRASES[:8]])
+    assert [each["label"] for each in answers[0]] == [each["label"] for each in answers[1]]
+    scores = [[each["score"] for each in some] for some in answers]
+    assert np.allclose(*scores, atol=1e-3 * np.abs(scores[0]).max())
 
 
 def test_no_file_of_an_artifact_is_a_pickle(small: Path, quantised: Path) -> None:

@@ -40,7 +40,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def optimize(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, cwd=MODELS, **more)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, cwd=MODELS, **more)
 
 
 def samples(tmp_path: Path, *lines: Any) -> str:

@@ -84,9 +84,28 @@ def main() -> None:
     options = parser.parse_args()
     names = list(filter(None, options.only.split(","))) or [*runs.PLANTED, *runs.CLEAN]
     rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         rows += trials(names, seed)
+        summary = summarised(rows)
+        options.out.write_text(json.dumps(summary, indent=1))  # a long run that is ended early has something to show
         print(f"seed {seed}: {sum(not row['right'] for row in rows)} wrong of {len(rows)}", file=sys.stderr)
+    print_table(rows, names)
+    print(json.dumps({key: value for key, value in summary.items() if key != "trials"}))
+
+
+def summarised(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    planted = [row for row in rows if row["program"] in runs.PLANTED]
+    return {
+        "conditions": {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()},
+        "planted_found_first": rate(planted, "right"),
+        "planted_with_their_line": rate(planted, "line"),
+        "clean_without_finding": rate([row for row in rows if row["program"] not in runs.PLANTED], "right"),
+        "trials": rows,
+    }
+
+
+def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
     for name in names:
         mine = [row for row in rows if row["program"] == name]
         first = Counter(row["found"][0] if row["found"] else "nothing" for row in mine)
@@ -95,16 +114,6 @@ def main() -> None:
         print(
             f"{name:20} {runs.PLANTED.get(name, '-'):20} {dict(first)} {lines} {f'also {dict(also)}' if also else ''}"
         )
-    planted = [row for row in rows if row["program"] in runs.PLANTED]
-    summary = {
-        "conditions": {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()},
-        "planted_found_first": rate(planted, "right"),
-        "planted_with_their_line": rate(planted, "line"),
-        "clean_without_finding": rate([row for row in rows if row["program"] not in runs.PLANTED], "right"),
-        "trials": rows,
-    }
-    options.out.write_text(json.dumps(summary, indent=1))
-    print(json.dumps({key: value for key, value in summary.items() if key != "trials"}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from headrace.core import TextSpec
 from headrace.errors import ConfigError, InvalidInput, LoadError, Unavailable
 from headrace.runners import Loaded, collate, drift, engines, open_target
 from headrace.runners.artifact import prepare, read_golden, write_golden
+from headrace.serving.protocols.tensors import forms_of
 
 TABLE = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
 IDS = TensorSpec("input_ids", "int64", [0], below=64)
@@ -237,6 +238,18 @@ def test_bounds_of_batches_are_tested_too(tmp_path: Path) -> None:
     load(tmp_path)
     rewrite(tmp_path, budget={"batch_cos_min": 1.1})
     assert "batch_cos_min" in refusal(tmp_path).message
+
+
+def test_what_was_not_measured_breaks_its_bound() -> None:
+    assert drift.breaches({"cos_mean": 1.0}, {"kl_mean": 0.1}) == "kl_mean could not be measured"
+
+
+def test_front_ends_learn_that_items_are_tensors_and_what_runs_them(tmp_path: Path) -> None:
+    info = load(make(tmp_path)).info
+    assert (info.platform, info.tensors) == ("onnxruntime", True)
+    (form, named) = forms_of(info)
+    assert form.slots["input"].tensor.datatype == "FP32"
+    assert named.named
 
 
 def test_a_measure_that_is_no_number_breaks_its_bound() -> None:

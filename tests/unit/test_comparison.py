@@ -132,7 +132,7 @@ def test_a_function_of_the_users_measures_instead(tmp_path: Path, here: None) ->
         ("largest", {}, "max_drift", "nothing bounds what drift_functions:largest gives"),
         ("largest", {"smallest": 1.0}, "max_drift", "'smallest' cannot be had of this model's answers"),
         ("missing", {"x": 1.0}, "drift", "has no 'missing'"),
-        ("NO_FUNCTION", {"x": 1.0}, "drift", "is a int, no function"),
+        ("NO_FUNCTION", {"x": 1.0}, "drift", "is of type int, and no function"),
         ("raises", {"x": 1.0}, "drift", "drift_functions:raises: ValueError: these cannot be compared"),
         ("gives_a_list", {"x": 1.0}, "drift", "it gave [1.0], and not a dictionary"),
     ],

@@ -338,6 +338,9 @@ def test_children_that_compute_are_told_from_those_that_wait(children: float, ow
 def test_children_are_named_and_a_busy_parent_is_no_finding() -> None:
     run = Run(cpu_s=1.0, children=[Child("convert --all", 7, 8.0)]).wait("process", "main:1 convert:6", 8.0)
     assert "convert --all 8 s" in run.found()[0].evidence
+    inside = Run(8.0).cpu("main:1 pixels:9", 8.0).record()
+    run = Run(cpu_s=1.0, children=[Child("convert.py", 7, 8.0, inside)]).wait("process", "main:1 convert:6", 8.0)
+    assert "convert.py 8 s, most of it in pixels (app.py:9)" in run.found()[0].evidence
     assert spread(Run(cpu_s=9.0, children_cpu_s=8.0), 9.0).codes() == []
 
 
@@ -370,6 +373,8 @@ def test_a_blocked_loop_names_the_line_and_says_what_to_do() -> None:
 def test_a_loop_on_which_nobody_else_waits_is_not_blocked() -> None:
     run = spread(Run().block(f"{LOOP} handle:3 count:8", 1.0, 9), 10.0)
     assert run.wait("sleep", "handle:4", 1.0, "Task-1").codes() == []  # it waits itself
+    run.wait("future", f"{PYTHON}/threading.py!Thread._bootstrap consume:5", 9.0, "Thread-1")
+    assert run.codes() == []  # that is no task
     assert run.wait("sleep", "handle:4", 1.0, "Task-2").codes() == ["blocked_loop"]
 
 
@@ -466,6 +471,13 @@ def test_a_lock_that_several_stand_in_line_for(waited: float, owners: int, found
         assert codes[0] == "lock_contention"
 
 
+def test_waiting_in_a_with_statement_is_no_time_of_its_function() -> None:
+    run = spread(Run(cpu_s=6.0), 6.0).call("store", 100, 4.0)
+    assert run.codes() == ["cpu_hot_spot"]  # if only the trace were known
+    run = run.wait("lock", "main:1 store:4 ~__enter__", 3.9)
+    assert run.codes() == []
+
+
 def test_who_waits_for_work_or_for_room_stands_in_no_line() -> None:
     assert locked(9.0, 5, "lock", f"{PYTHON}/asyncio/locks.py!Semaphore.acquire").codes() == []
     assert locked(9.0, 5, "future", f"{PYTHON}/queue.py!Queue.get").codes() == []
@@ -510,8 +522,8 @@ def test_of_functions_that_call_each_other_the_one_where_a_cache_saves_most_is_n
 
 def test_of_functions_that_only_pass_it_on_the_one_that_does_the_work_is_named() -> None:
     run = spread(Run(), 4.0).cpu("main:1 nearest:3 key:3 distance:4", 5.8).cpu("main:1 nearest:3", 0.2)
-    for name, own_s in (("nearest", 0.2), ("key", 0.0), ("distance", 5.8)):
-        run.call(name, 20_000, own_s, 6.0, repeated=0.9)
+    for name, own_s, repeated in (("nearest", 0.2, 0.99), ("key", 0.0, 0.99), ("distance", 5.8, 0.7)):
+        run.call(name, 20_000, own_s, 6.0, repeated=repeated)
     assert [(each.code, each.line) for each in run.found()] == [("cache_it", len("distance"))]
 
 
@@ -543,7 +555,7 @@ def test_a_slow_call_takes_100_ms() -> None:
 
 def test_one_call_among_many_that_took_much_longer() -> None:
     def made(longest_s: float, calls: int = 100) -> list[str]:
-        run = spread(Run(), 10.0).call("answer", calls, 0.1, longest_s + 0.5, longest_s=longest_s)
+        run = spread(Run(), 10.0).call("answer", calls, 0.1, longest_s * 1.3, longest_s=longest_s)
         return run.codes()
 
     assert made(2.0) == ["slow_call"]
@@ -552,10 +564,11 @@ def test_one_call_among_many_that_took_much_longer() -> None:
 
 
 def test_the_life_of_a_coroutine_or_a_generator_is_no_slow_call() -> None:
-    run = spread(Run(), 10.0).call("answer", 100, 0.1, 3.5, longest_s=3.0)
+    run = spread(Run(), 10.0).call("answer", 100, 0.1, 3.9, longest_s=3.0)
     assert run.codes() == ["slow_call"]
+    assert run.wait("lock", "main:1 answer:3", 1.0).codes() == ["slow_call"]  # a thread's stack
     assert run.wait("sleep", "answer:3", 1.0, "Task-1").codes() == []
-    assert spread(Run(), 10.0).call("answer", 100, 0.1, 3.1, longest_s=3.0).codes() == []
+    assert spread(Run(), 10.0).call("answer", 100, 0.1, 3.6, longest_s=3.0).codes() == []
 
 
 # Work that has a name.

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.errors import ConfigError
-from headrace.optimizing import drift, measure, rungs
-from headrace.optimizing.ladder import choose, judge, simplicity
+from headrace.optimizing import drift, measure, rungs, summary
+from headrace.optimizing.ladder import Wish, choose, climb, judge, simplicity
 from headrace.optimizing.samples import divide, read
 from headrace.optimizing.words import Cell, Noise, Row
 from headrace.runners.collate import near_lengths
@@ -80,6 +80,22 @@ def test_bounds_are_broken_from_the_right_side() -> None:
         "cos_mean 0.98 is under 0.99, kl_mean 0.5 is over 0.1"
     )
     assert drift.breaches({"cos_mean": 1.0, "kl_mean": 0.0}, {"cos_mean": 0.99, "kl_mean": 0.1}) == ""
+
+
+@pytest.mark.parametrize("content", ['{"key": "x", "rows": [{"rung": "ort", "sta', '{"key": "x"}', "[1]"])
+def test_rows_that_cannot_be_read_are_said_to_be_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"input": "a"}\n' * 8)
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"rows\.json cannot be read") as refused:
+        climb(Wish("m:f", tmp_path / "samples.jsonl"), tmp_path, resume=True)
+    assert refused.value.field == "resume"
+
+
+def test_measures_that_are_not_known_are_errors() -> None:
+    assert drift.breaches({"mine": 0.2}, {"mine": 0.1}) == "mine 0.2 is over 0.1"
+    assert drift.breaches({"mine": 0.2}, {"mine": 0.3}) == ""
+    assert summary.loss("mine", 0.2) == 0.2
+    assert summary.bounds({"mine": 0.3, "top1": 0.98}) == "mine ≤ 0.3, top1 ≥ 0.98"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +214,6 @@ def test_what_cannot_be_built_says_what_to_install() -> None:
     assert rungs.find("openvino").missing(CPU) == "openvino is not installed: pip install 'headrace[openvino]'"
     assert rungs.find("tf32").missing(CPU) == "runs on an NVIDIA GPU only"
     assert "VNNI" in rungs.find("torchao-int8").missing(rungs.Machine("cpu", 2, ["avx2"], {"torchao": "0.18"}))
-    assert set(rungs.usual(CPU)) >= {"ort", "torch-int8-dynamic", "tensorrt"}
-    for ident in (*rungs.usual(CPU), *rungs.usual(rungs.Machine("cuda:0", 4, [], {}))):
+    assert set(rungs.usual(CPU, "embed")) >= {"ort", "torch-int8-dynamic", "tensorrt"}
+    for ident in (*rungs.usual(CPU, "embed"), *rungs.usual(rungs.Machine("cuda:0", 4, [], {}), "embed")):
         rungs.find(ident)

@@ -16,8 +16,10 @@ from headrace.core import TextSpec
 from headrace.errors import ConfigError, LoadError
 from headrace.optimizing import rungs
 from headrace.optimizing.child import ITEMS, MACHINE, SUBJECT, Job
-from headrace.optimizing.pack import Way, assemble, bounds, check_out, fallbacks, requires
+from headrace.optimizing.ladder import Result
+from headrace.optimizing.pack import Way, assemble, bounds, check_out, fallbacks, pack, requires, spread
 from headrace.optimizing.words import Report, Row
+from headrace.runners.opened import Instance
 
 TENSORS = Subject("module:factory", "logits", [TensorSpec("x", "float32", [2])], activation="none")
 TEXTS = msgspec.structs.replace(TENSORS, task="embed", text=TextSpec("tokenizer.json", 16, 100))
@@ -38,6 +40,8 @@ def test_the_model_as_it_is_runs_wherever_torch_does(tmp_path: Path) -> None:
     for rung in ("fp32", "sdpa", "packed"):
         assert needed(tmp_path, rung) == Requires(packages={"torch": "", "transformers": ""})
     assert needed(tmp_path, "fp32", TENSORS).packages == {"torch": "", "safetensors": ""}
+    archive = msgspec.structs.replace(job(tmp_path), target="model.pt2")
+    assert requires(rungs.find("fp32"), archive, TENSORS).packages == {"torch": ""}
 
 
 def test_quantised_and_compiled_rungs_name_their_instructions_and_versions(tmp_path: Path) -> None:
@@ -84,6 +88,51 @@ def test_bounds_are_the_budget_or_a_little_more_than_the_golden_items_drift() ->
 def test_golden_items_that_drift_far_are_no_reason_for_wide_bounds(measured: dict[str, float]) -> None:
     with pytest.raises(LoadError, match="does not answer as its rung did"):
         bounds("ort", {"cos_mean": 0.99, "kl_mean": 0.02}, measured)
+
+
+def test_one_item_of_few_that_flips_is_no_drift() -> None:
+    budget = {"top1": 0.98, "kl_mean": 0.02}
+    found = bounds("ort", budget, {"top1": 15 / 16, "kl_mean": 0.01})
+    assert found["top1"] == pytest.approx(1 - 1.1 / 16)
+    assert bounds("ort", budget, {"top1": 1.0, "kl_mean": 0.01})["top1"] == pytest.approx(1 - 1 / 16), (
+        "elsewhere one may"
+    )
+    with pytest.raises(LoadError, match="does not answer as its rung did: top1"):
+        bounds("ort", budget, {"top1": 0.5, "kl_mean": 0.01})
+    with pytest.raises(LoadError, match="does not answer as its rung did: top1"):
+        bounds("fp32", {"top1": 1.0}, {"top1": 15 / 16})
+
+
+def test_the_fewer_golden_items_the_more_they_scatter() -> None:
+    measured = {"spearman": 0.94}
+    assert bounds("ort", {"spearman": 0.985}, measured, items=4)["spearman"] == pytest.approx(1 - 1.1 * 0.06)
+    with pytest.raises(LoadError, match="spearman"):
+        bounds("ort", {"spearman": 0.985}, measured, items=16)
+
+
+def test_where_a_function_of_the_users_was_the_judge_each_way_is_bounded_by_its_own_drift() -> None:
+    exact = {"relative_error": 1e-3}
+    assert bounds("ort", exact, {"relative_error": 0.3}, scattered=False) == {"relative_error": pytest.approx(0.33)}
+    assert bounds("ort", exact, {"relative_error": 1e-7}, scattered=False) == exact
+    with pytest.raises(LoadError, match="does not answer as its rung did"):
+        bounds("ort", exact, {"not_finite": 1.0}, scattered=False)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 17, 31, 500])
+def test_golden_items_are_of_every_length(count: int) -> None:
+    chosen = spread(range(count), 16)
+    assert len(set(chosen)) == len(chosen) == min(count, 16)
+    assert (chosen[0], chosen[-1]) == (0, count - 1)
+    assert chosen == sorted(chosen)
+
+
+def test_a_module_in_memory_without_a_factory_is_no_torch_artifact(tmp_path: Path) -> None:
+    begun = msgspec.structs.replace(job(tmp_path), instance=Instance("instance.pt"))
+    with pytest.raises(ConfigError, match="needs the code that makes the module") as refused:
+        pack(Result(report("fp32"), begun, tmp_path), tmp_path / "out")
+    assert refused.value.field == "factory"
+    assert "ort, openvino, aot" in (refused.value.hint or "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_an_artifact_is_written_over(tmp_path: Path) -> None:

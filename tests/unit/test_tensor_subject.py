@@ -121,10 +121,6 @@ def test_rungs_that_cannot_be_applied_say_why(tmp_path: Path, kind: str, rung: s
 
 
 def test_a_script_that_cannot_be_exported_says_so(tmp_path: Path) -> None:
-    @torch.jit.ignore
-    def own(x: torch.Tensor) -> torch.Tensor:
-        return x
-
     class Loop(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             while bool(x.sum() < 100):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import cProfile
 import io
 import pstats
 import sys
@@ -148,6 +149,18 @@ def test_another_profiler_is_left_alone() -> None:
         sys.setprofile(None)
 
 
+@pytest.mark.skipif(hasattr(sys, "monitoring"), reason="from Python 3.12 on the program is refused a second profiler")
+def test_a_profiler_of_the_programs_own_is_noted() -> None:
+    def run() -> None:
+        own = cProfile.Profile()
+        own.enable()
+        calling(10)
+        own.disable()
+
+    assert any("a profiler of its own" in note for note in recorded(run).notes)
+    assert not any("a profiler of its own" in note for note in recorded(lambda: calling(10)).notes)
+
+
 # What counting costs.
 
 
@@ -279,6 +292,58 @@ def test_what_cannot_be_compared_counts_as_new(arguments: Arguments) -> None:
 
     big = list(range(1000))
     assert until(arguments, "size", lambda: [size(big) for _ in range(60)]) == 0.0
+
+
+class Elusive:
+    """Answers to every name, by way of itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.other[name]
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("must not be asked")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Slotted:
+    __slots__ = ("left", "right")
+
+    def __init__(self, left: int) -> None:
+        self.left = left  # and nothing on the right
+
+    def get(self) -> int:
+        return self.left
+
+
+class Counted(Elusive):
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("must not matter")
+
+
+@pytest.mark.parametrize("kind", [Elusive, Counted])
+def test_objects_that_are_hard_to_look_at_do_not_notice(arguments: Arguments, kind: type) -> None:
+    value = kind()
+
+    def use(value: object) -> int:
+        return 1
+
+    assert until(arguments, "use", lambda: [use(value) for _ in range(60)]) in (0.0, pytest.approx(1.0, abs=0.2))
+
+
+def test_what_is_held_in_slots_counts(arguments: Arguments) -> None:
+    numbers = iter(range(10_000_000))
+    assert until(arguments, "get", lambda: [Slotted(next(numbers)).get() for _ in range(60)]) < 0.1
+
+
+def test_beside_other_threads_nothing_is_looked_at() -> None:
+    asked: list[object] = []
+    arguments = Arguments(schedule=lambda function: not asked.append(function))
+    arguments.look(perf_counter() + 1, threads=2)
+    assert bool(asked) == (sys.version_info >= (3, 13))
+    arguments.look(perf_counter() + 1, threads=1)
+    assert asked
 
 
 def test_a_burst_ends_although_nothing_is_called(arguments: Arguments) -> None:

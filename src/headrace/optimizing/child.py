@@ -25,7 +25,7 @@ import psutil
 from headrace.artifact import Subject, processor_flags
 from headrace.clock import perf_counter
 from headrace.errors import HeadraceError, to_fault
-from headrace.optimizing import rungs
+from headrace.optimizing import compiled, rungs
 from headrace.optimizing.orphan import end_with_parent
 from headrace.optimizing.process import SAID
 from headrace.runners import collate
@@ -43,6 +43,7 @@ class Job(msgspec.Struct, frozen=True):
         samples: file of samples, one JSON object with ``input`` a line.
         calibration: numbers of the items that static quantisation may look at.
         instance: of a target that is an object.
+        layer_first: give up a rung whose single layers are much slower than float32, see `layer.py`.
     """
 
     work: str
@@ -55,6 +56,7 @@ class Job(msgspec.Struct, frozen=True):
     most_samples: int = 1000
     calibration: list[int] = []
     instance: Instance | None = None
+    layer_first: bool = False
 
 
 class Items:
@@ -179,22 +181,34 @@ def _opened(job: Job) -> Any:
 def _run(job: Job, answers: Any) -> None:
     began = perf_counter()
     items = Items(Path(job.work))
-    way = _open(job, items)
-    first = perf_counter()
-    way.answer([items.all[0]])
-    loaded = {"load_s": first - began, "first_s": perf_counter() - first}
-    tell(answers, **loaded, size_bytes=way.size_bytes, step_bytes=way.step_bytes)
-    asked = _Asked(items, way)
-    for line in sys.stdin:
-        tell(answers, **asked.answer(json.loads(line)))
+    with compiled.watched(rungs.find(job.rung).recipe) as check_compiled:
+        way = _open(job, items)
+        first = perf_counter()
+        way.answer([items.all[0]])
+        check_compiled()
+        loaded = {"load_s": first - began, "first_s": perf_counter() - first}
+        tell(answers, **loaded, size_bytes=way.size_bytes, step_bytes=way.step_bytes)
+        asked = _Asked(items, way)
+        for line in sys.stdin:
+            tell(answers, **asked.answer(json.loads(line)))
 
 
 def _open(job: Job, items: Items) -> Way:
     rung = rungs.find(job.rung)
     if rung.engine == "torch":
-        return of_module(_opened(job).module, rung.recipe, job.device, items.subject)
+        module = _opened(job).module
+        _check_worth(job, rung, module, writes=items.subject.task == GENERATE)
+        return of_module(module, rung.recipe, job.device, items.subject)
     directory = rungs.directory_of(Path(job.work), job.rung)
     return of_files(rung.engine, directory, rung.recipe, job.device, job.threads, items.subject)
+
+
+def _check_worth(job: Job, rung: rungs.Rung, module: Any, writes: bool) -> None:
+    """Raises `layer.NotFaster`."""
+    if job.layer_first and job.device == "cpu":
+        from headrace.optimizing import layer
+
+        layer.check(module, rung.recipe, layer.ROWS_OF_WRITING if writes else layer.ROWS)
 
 
 class _Asked:

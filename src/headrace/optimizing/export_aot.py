@@ -1,8 +1,10 @@
 """From a torch program to an AOTInductor package, in float32 or with calibrated 8-bit products.
 
 A package is compiled code with its weights: it is loaded in a fraction of a second, without a compiler and without the
-libraries that made it. On an x86-64 CPU it is made for all processors with AVX2 (`rungs.PORTABLE`), which costs nothing
-where the products are oneDNN's, as those choose their instructions when they run.
+libraries that made it. On an x86-64 CPU the code is for all processors with AVX2 (`rungs.PORTABLE`). That costs nothing
+where the time goes into products, as oneDNN chooses its instructions when it runs. Products of integers are portable in
+theory only: their weights lie as suits the processor here, and without its instructions oneDNN takes a hundred times as
+long. So an artifact of them asks for those too.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from headrace.artifact import processor_flags
 from headrace.errors import Unavailable
 from headrace.optimizing.rungs import PORTABLE
 
-_MARCH, _BITS = "x86-64-v3", 256
+# The last spares programs that would only try whether the compiler knows instructions that every one knows.
+_FOR_AVX2 = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256, "cpp.vec_isa_ok": True}
 
 Export = Callable[[Any], Any]
 
@@ -34,8 +37,7 @@ def settings(device: str) -> dict[str, Any]:
     """
     if device != "cpu":
         return {}
-    portable = processor_flags() >= PORTABLE
-    return {"freezing": True} | ({"cpp.simdlen": _BITS, "cpp.march": _MARCH} if portable else {})
+    return {"freezing": True} | (_FOR_AVX2 if processor_flags() >= PORTABLE else {})
 
 
 def quantized(program: Any, again: Export, batches: Iterable[dict[str, torch.Tensor]]) -> Any:

@@ -194,7 +194,9 @@ def _name(thing: Any, field: str) -> str:
     if isinstance(thing, str):
         return thing
     if not callable(thing) or not hasattr(thing, "__qualname__"):
-        raise ConfigError(f"{field} cannot be a {type(thing).__name__}", field=field, hint='give "module:function"')
+        raise ConfigError(
+            f"{field} cannot be of type {type(thing).__name__}", field=field, hint='give "module:function"'
+        )
     _importable(thing, field)
     return f"{thing.__module__}:{thing.__qualname__}"
 

@@ -60,7 +60,7 @@ def _imported(name: str) -> Callable[..., Any]:
     except LoadError as error:
         raise ConfigError(error.message, field="drift", hint=error.hint) from None
     if not callable(found):
-        raise ConfigError(f"{name} is a {type(found).__name__}, no function", field="drift")
+        raise ConfigError(f"{name} is of type {type(found).__name__}, and no function", field="drift")
     function: Callable[..., Any] = found
     return function
 

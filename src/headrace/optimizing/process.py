@@ -115,6 +115,8 @@ class Process:
         """Send a command and wait for its answer; without one, for the first answer. Raises `Failed`."""
         assert self._process.stdin
         assert self._process.stdout
+        if self.ended:
+            raise Failed("crashed", "it has ended already")
         if command is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(json.dumps(command).encode() + b"\n")
@@ -139,6 +141,8 @@ class Process:
 
     def end(self) -> None:
         """End it and everything it has started."""
+        if self.ended:  # its number may be another one's by now
+            return
         self.ended = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -6,7 +6,6 @@ An engine takes one array per input and gives one array. Each library is importe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 

@@ -1,11 +1,12 @@
-"""The admin port: what runs here, reload, scale. For people and programs of this machine, never for clients."""
+"""The admin port: what runs here, reload, scale, profiles. For people and programs of this machine, not for clients."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 import uvicorn
@@ -14,10 +15,13 @@ from fastapi.responses import Response
 
 from headrace import metrics
 from headrace.config import Config
-from headrace.errors import InvalidInput
+from headrace.errors import ClientGone, Draining, InvalidInput
 from headrace.serving.fleet import Fleet
+from headrace.serving.profiles import FORMATS, Profiles
 from headrace.version import __version__
 from headrace.web import Guard, make_app, parse_json, require_json_post
+
+_T = TypeVar("_T")
 
 
 class _Scale(msgspec.Struct, forbid_unknown_fields=True):
@@ -28,12 +32,17 @@ class _Scale(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def admin_app(
-    config: Config, fleet: Fleet, reload: Callable[[], Awaitable[dict[str, Any]]], reader: metrics.Reader
+    config: Config,
+    fleet: Fleet,
+    reload: Callable[[], Awaitable[dict[str, Any]]],
+    reader: metrics.Reader,
+    profiles: Profiles,
 ) -> Any:
     """The application of the admin port.
 
     Args:
         reload: reads the configuration again and replaces the workers.
+        profiles: of all processes.
     """
     app: FastAPI = make_app("headrace admin", __version__)
 
@@ -48,7 +57,13 @@ def admin_app(
 
     @app.get("/admin/workers")
     async def workers() -> dict[str, Any]:
-        return {"workers": fleet.describe()}
+        return {"workers": fleet.describe(), "processes": profiles.processes()}
+
+    @app.post("/admin/profile")
+    async def profile(request: Request) -> Response:
+        wanted = profiles.parse(request.query_params)
+        drawn = await _while_connected(request, profiles.take(wanted))
+        return Response(drawn, headers={"content-type": FORMATS[wanted.format]})
 
     @app.post("/admin/reload")
     async def reload_all() -> dict[str, Any]:
@@ -65,6 +80,27 @@ def admin_app(
         return {"workers": fleet.describe()}
 
     return Guard(app, keys=config.api_keys, hosts={config.admin_host})
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What comes of some work. When the client hangs up, it is cancelled."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client has closed the connection")
+        return working.result()
+    except asyncio.CancelledError:  # by nobody but the end of the server
+        raise Draining("the server is ending") from None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class AdminServer(uvicorn.Server):

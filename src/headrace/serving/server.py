@@ -54,6 +54,7 @@ async def serve(
     *,
     front_end: str | None = MODELS_ONLY,
     others: Callable[[str], Sequence[Spec]] = lambda url: (),
+    profiler: str = "",
 ) -> int:
     """Run until SIGTERM or SIGINT; SIGHUP reloads the models.
 
@@ -64,6 +65,8 @@ async def serve(
         front_end: module that is the front ends' process; without one there are none, and no port.
         others: makes the further processes to keep running, from the API's URL (empty without front ends); they are
             asked to end together with the front ends.
+        profiler: module that looks at a process and draws what was seen, as `serving.profiles` has it; without one the
+            admin port takes no profiles.
 
     Returns:
         The exit status: 0 after an orderly end, 1 when a process could not start.
@@ -86,16 +89,17 @@ async def serve(
             admin = stack.enter_context(_listen(config.admin_host, config.admin_port, "admin_port"))
         run_dir = RunDir.create(config)
         stack.callback(run_dir.remove)
-        processes = _Processes(front_end or "", others(_url(listener) if listener else ""))
+        processes = _Processes(front_end or "", others(_url(listener) if listener else ""), profiler)
         return await _Server(config, run_dir, listener, admin, reread or (lambda: config), processes).run(on_ready)
 
 
 @dataclass(frozen=True)
 class _Processes:
-    """What runs beside the model workers: the front ends' module, and the others."""
+    """What runs beside the model workers: the front ends' module, the others, and what looks at them all."""
 
     front_end: str
     others: Sequence[Spec]
+    profiler: str
 
 
 class _Server:
@@ -122,6 +126,7 @@ class _Server:
             spec.slot: dataclasses.replace(spec, on_end=partial(self._clear, spec.slot)) for spec in processes.others
         }
         self._admin_listener = admin
+        self._profiler = processes.profiler
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stop = asyncio.Event()
         self._exit_now = asyncio.Event()
@@ -243,9 +248,16 @@ class _Server:
         if self._admin_listener is None:
             return None
         from headrace.serving.admin import AdminServer, admin_app
+        from headrace.serving.profiles import Profiles
 
-        reader = metrics.Reader(self._run_dir.metrics)
-        server = AdminServer(admin_app(self._config, self._fleet, self._reload, reader), self._admin_listener)
+        app = admin_app(
+            self._config,
+            self._fleet,
+            self._reload,
+            metrics.Reader(self._run_dir.metrics),
+            Profiles(self._supervisor, self._profiler),
+        )
+        server = AdminServer(app, self._admin_listener)
         self._in_background(server.run_until_stopped())
         return server
 

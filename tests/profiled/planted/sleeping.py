@@ -8,7 +8,7 @@ import time
 
 
 def look(number: int) -> bool:
-    return sum(each * each for each in range(20_000)) % 7 == number
+    return sum(each * each for each in range(3_000)) % 7 == number
 
 
 def poll(rounds: int) -> int:

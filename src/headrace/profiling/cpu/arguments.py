@@ -3,7 +3,8 @@
 About one call in a hundred is looked at: for a few milliseconds every call of a Python function, then for a hundred
 times as long none. Between two bursts nothing is slowed down. Arguments are compared by value where that is a matter of
 built-in types; objects by their identity and what they hold directly; anything else counts as new. So the share that is
-found is a lower bound. Generators and coroutines are not looked at, nor anything while a debugger traces the thread.
+found is a lower bound. Generators and coroutines are not looked at; nor, before Python 3.13, programs of several
+threads.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 from headrace.clock import perf_counter
+from headrace.profiling.cpu.places import OURS
 
 _LONGEST_S = 0.004
 # The first pauses are shorter: a program of a second shall be known too.
@@ -50,7 +52,7 @@ class _Function:
         self.calls += 1
         try:
             key = hash(tuple([_key(values[name], _DEEPEST) for name in self.names]))
-        except (_Unknown, KeyError):
+        except Exception:  # of a class that is not what it seems: the program must not hear of it
             return
         if key in self.seen:
             self.repeated += 1
@@ -72,9 +74,14 @@ class Arguments:
         self._began, self._bursts = 0.0, 0
         self._state = "off"
 
-    def look(self, now: float) -> float | None:
-        """Begin a burst, or end it, if it is time; seconds after which to look again, if it matters. Any thread."""
-        if self._state == "off" and now >= self._due:
+    def look(self, now: float, threads: int = 1) -> float | None:
+        """Begin a burst, or end it, if it is time; seconds after which to look again, if it matters. Any thread.
+
+        Args:
+            threads: of the program. With others beside it the main thread is left alone before Python 3.13: whoever
+                looks at a function's variables there writes them back, with what another thread has changed meanwhile.
+        """
+        if self._state == "off" and now >= self._due and (threads == 1 or sys.version_info >= (3, 13)):
             self._state = "asked"  # before it is, for it may be called at once
             if not self._schedule(self._begin):
                 self._state = "ended"
@@ -117,7 +124,7 @@ class Arguments:
     def repeated(self) -> list[tuple[CodeType, float]]:
         """Functions, and the share of their calls whose arguments had been seen before."""
         found = [each for each in list(self._functions.values()) if each.calls >= _LEAST_CALLS]
-        return [(each.code, each.repeated / each.calls) for each in found]
+        return [(each.code, each.repeated / each.calls) for each in found if each.code.co_filename not in OURS]
 
 
 def on_main_thread() -> Callable[[Callable[[], None]], bool]:
@@ -180,19 +187,30 @@ def _key(value: Any, deepest: int) -> object:
 
 def _key_of_object(value: Any, kind: type) -> object:
     """An object is the same if it is the same one and holds the same: a new one may lie where an old one was."""
-    slots = [name for base in kind.__mro__ for name in _slots(base)]
+    slots = [each for base in kind.__mro__ for each in vars(base).values() if type(each) is MemberDescriptorType]
     if kind.__basicsize__ > object.__basicsize__ + _POINTER * (len(slots) + 2) or kind.__itemsize__:
         raise _Unknown  # what C keeps in it cannot be seen
-    own = getattr(value, "__dict__", {})
+    own = _held_by_name(value)
     if len(own) + len(slots) > _MOST_ITEMS:
         return kind, id(value)
-    held = [(name, _shallow(getattr(value, name, None))) for name in slots]
+    held = [_shallow(_held_in_slot(value, slot)) for slot in slots]
     return kind, id(value), *held, *[(name, _shallow(each)) for name, each in own.items()]
 
 
-def _slots(kind: type) -> list[str]:
-    found = kind.__dict__.get("__slots__", ())
-    return [name for name in ([found] if isinstance(found, str) else found) if not name.startswith("__")]
+def _held_by_name(value: Any) -> dict[str, Any]:
+    """What an object has in its dictionary; its class's own ways of looking something up are not asked."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if type(found) is dict else {}
+
+
+def _held_in_slot(value: Any, slot: MemberDescriptorType) -> object:
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return None
 
 
 def _shallow(value: Any) -> object:

@@ -10,11 +10,12 @@ import gc
 import random
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from headrace.profiling.cpu import waits
-from headrace.profiling.cpu.places import Places
+from headrace.profiling.cpu.places import NOWHERE, Places
 from headrace.profiling.cpu.tally import Tally
 
 _MOST_TASKS = 32
@@ -66,7 +67,8 @@ class Awaits:
                 running[loop] = loop.is_running()
             if running[loop]:
                 loops.add(loop)
-                self._count(task, weight)
+                with suppress(Exception):  # something of a make that is not known: the others are counted
+                    self._count(task, weight)
         return loops
 
     def _count(self, task: Any, weight: float) -> None:
@@ -87,7 +89,11 @@ class Awaits:
                 return (places, "task") if places else None
             start = len(places)
             last = self._walk(coroutine, places)
-            future = task._fut_waiter
+            if not places:
+                return None
+            future: Any = getattr(task, "_fut_waiter", _MISSING)
+            if future is _MISSING:  # a task of another make
+                return places, "future"
             if future is None or future.done():
                 places.append(self._ready)
                 return places, "task"
@@ -105,7 +111,9 @@ class Awaits:
             frame, following = _step(awaited)
             if frame is not None:
                 last = frame
-                places.append(self._places.of_frame(frame))
+                place = self._places.of_frame(frame)
+                if place != NOWHERE:
+                    places.append(place)
             awaited = following
         return last
 
@@ -122,8 +130,9 @@ class Awaits:
         return self._draw.choice(pending) if pending else None
 
     def _awaited_by(self, frame: FrameType) -> Iterable[Any] | None:
-        place = self._places.places[self._places.of_frame(frame)]
-        if not place.library:
+        number = self._places.of_frame(frame)
+        place = self._places.places[number]
+        if number == NOWHERE or not place.library:
             return None
         name = self._branches.get(place.frame)
         if name is None:
@@ -164,21 +173,23 @@ def _all_tasks() -> list[Any]:
 
 def _step(awaited: Any) -> tuple[FrameType | None, Any]:
     """Frame of what is awaited, if it has one, and what it awaits in turn."""
+    # Types are asked, not objects, which may have ways of their own to look something up.
     for kind in ("cr", "gi", "ag"):
-        frame: Any = getattr(awaited, f"{kind}_frame", _MISSING)
-        if frame is not _MISSING:
-            return frame, getattr(awaited, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None)
-    if hasattr(awaited, "_asyncio_future_blocking"):
+        if hasattr(type(awaited), f"{kind}_frame"):
+            return getattr(awaited, f"{kind}_frame"), getattr(
+                awaited, "gi_yieldfrom" if kind == "gi" else f"{kind}_await", None
+            )
+    if hasattr(type(awaited), "_asyncio_future_blocking"):
         return None, None
     # What C puts in between (a step of an async generator, the awaitable of a coroutine) shows what it holds only so.
     for each in gc.get_referents(awaited):
-        if hasattr(each, "cr_frame") or hasattr(each, "gi_frame") or hasattr(each, "ag_frame"):
+        if any(hasattr(type(each), f"{kind}_frame") for kind in ("cr", "gi", "ag")):
             return None, each
     return None, None
 
 
 def _is_task(future: Any) -> bool:
-    return hasattr(future, "get_coro") and hasattr(future, "_fut_waiter")
+    return hasattr(type(future), "get_coro")
 
 
 def _callbacks(future: Any) -> list[Any]:

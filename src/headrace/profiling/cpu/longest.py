@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from types import CodeType, FrameType
 
+from headrace.profiling.cpu.places import OURS
 from headrace.profiling.cpu.threads import Thread
 
 
@@ -51,7 +52,8 @@ class Longest:
 
     def seconds(self) -> list[tuple[CodeType, float]]:
         """By function. Less than the true time by up to the pause between two looks at either end."""
-        return [(self._codes[number], seconds) for number, seconds in list(self._seconds.items())]
+        found = [(self._codes[number], seconds) for number, seconds in list(self._seconds.items())]
+        return [(code, seconds) for code, seconds in found if code.co_filename not in OURS]
 
 
 def unmark() -> None:

@@ -17,6 +17,7 @@ from headrace.profiling.record import Frame
 
 # Of a deeper stack the middle is left out: what began it and what it does now say more.
 _DEEPEST = 300
+NOWHERE = -1
 _RESUMED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
@@ -24,18 +25,23 @@ _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
 _TYPED_IN = ("<string>", "<stdin>", "<ipython", "<doctest")
 
 
+# Files that run in the threads that are looked at, but are none of the program's doing: they start it, look at it, and
+# are an empty callback of its loops.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+OURS = {entry.path for entry in os.scandir(_HERE) if entry.name.endswith(".py")}
+OURS.add(os.path.join(os.path.dirname(_HERE), "block.py"))
+
+
 class Place(NamedTuple):
     """An instruction of a function.
 
     Args:
         frame: number of the function.
-        calls: name of what the instruction calls, as the source has it; empty where it calls nothing.
         tells: what is waited for in this function, if somebody waits in it; empty where that does not say it.
     """
 
     frame: int
     line: int
-    calls: str
     tells: str
     library: bool
 
@@ -50,6 +56,7 @@ class Places:
         self._by_frame: dict[Frame, int] = {}
         self._by_code: dict[int, int] = {}
         self._by_instruction: dict[tuple[int, int], int] = {}
+        self._called: dict[int, str] = {}
         self._kept: list[CodeType] = []  # or another one could get its number
         self._floors: set[int] = set()
 
@@ -67,7 +74,10 @@ class Places:
             if floors and id(code) in floors:
                 break
             place = known.get((id(code), frame.f_lasti))
-            found.append(self.of_frame(frame) if place is None else place)
+            if place is None:
+                place = self.of_frame(frame)
+            if place != NOWHERE:
+                found.append(place)
             frame = frame.f_back
         if len(found) > _DEEPEST:
             del found[_DEEPEST // 2 : -_DEEPEST // 2]
@@ -75,19 +85,31 @@ class Places:
         return found
 
     def of_frame(self, frame: FrameType) -> int:
-        """The place where a function is now."""
+        """The place where a function is now; `NOWHERE` in one of ours."""
         code, instruction = frame.f_code, frame.f_lasti
         number = self._by_instruction.get((id(code), instruction))
+        if number is None and code.co_filename in OURS:
+            number = self._by_instruction[id(code), instruction] = NOWHERE
+            self._kept.append(code)
         if number is None:
             function = self.of_code(code)
             seen = self.frames[function]
             library = seen.kind == "library"
             tells = waits.told_by(seen.file, seen.function) if library else ""
-            calls = waits.called(code, instruction, frame.f_globals)
             number = len(self.places)
-            self.places.append(Place(function, frame.f_lineno or 0, calls, tells, library))
+            self.places.append(Place(function, frame.f_lineno or 0, tells, library))
             self._by_instruction[id(code), instruction] = number
         return number
+
+    def called_by(self, frame: FrameType) -> str:
+        """Name of what a function's instruction of now calls, as the source has it; empty where it calls nothing."""
+        number = self.of_frame(frame)
+        if number == NOWHERE:
+            return ""
+        name = self._called.get(number)
+        if name is None:
+            name = self._called[number] = waits.called(frame.f_code, frame.f_lasti, frame.f_globals)
+        return name
 
     def of_code(self, code: CodeType) -> int:
         """Number of a function."""
@@ -111,7 +133,7 @@ class Places:
         number = self._by_instruction.get((-1, function))
         if number is None:
             number = self._by_instruction[-1, function] = len(self.places)
-            self.places.append(Place(function, 0, "", "", False))
+            self.places.append(Place(function, 0, "", False))
         return number
 
     def of_function(self, frame: Frame) -> int:

@@ -72,7 +72,7 @@ def main(job_file: str) -> None:
         elif job.gpu:
             _follow_device(job)
         else:
-            _record(job)
+            _record(job, sys._getframe(1).f_code)
     except BaseException:
         # Python itself prints it and chooses the exit status; only our own frames are not to be seen.
         sys.excepthook = _without_us(sys.excepthook)
@@ -128,11 +128,12 @@ def _module_code(name: str, module: types.ModuleType) -> types.CodeType:
     return code  # type: ignore[no-any-return]
 
 
-def _record(job: Job) -> None:
+def _record(job: Job, starter: types.CodeType) -> None:
     folder, pid = Path(job.folder), os.getpid()
     command = " ".join(job.command())
     partial = Partial(lambda: write(recording.record(command), folder / PARTIAL), _FIRST_PARTIAL_S)
     recording = Recording(trace=job.trace, on_look=partial.look)
+    recording.places.set_floor(starter)
     recording.places.set_floor(run_program.__code__)
     script = read_script(job)
 

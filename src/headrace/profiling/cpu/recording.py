@@ -24,6 +24,7 @@ from headrace.profiling.record import Call, Machine, Record
 # Who waits for a profile wants more samples than a server that runs on: still nothing beside what tracing costs.
 BUDGET = 0.03
 MOST_HZ = 200.0
+_CREDIT_S = 0.02
 _RESUMED = "coroutines and generators count as called each time they go on"
 UNKNOWN = Machine("", "", 0, "", "")
 
@@ -42,7 +43,9 @@ class Recording:
         self.places = Places()
         self._on_look = on_look
         skipped: set[int] = set()
-        self._sampler = Sampler(budget=budget, rate_hz=MOST_HZ, places=self.places, on_look=self._look, skipped=skipped)
+        self._sampler = Sampler(
+            budget=budget, rate_hz=MOST_HZ, credit_s=_CREDIT_S, places=self.places, on_look=self._look, skipped=skipped
+        )
         self._tracer = Tracer(skipped) if trace else None
         self._costs = tracing_costs.measure() if trace else Costs()
         self._longest = Longest() if trace else None
@@ -57,14 +60,14 @@ class Recording:
         """Raises `SetupError` if something else profiles this thread."""
         self._started = clock.wall()
         self._sampler.start()  # first, so that its thread is known as one that is not traced
+        self._cpu_s, self._children_s = clock.process_time(), _children_s()
+        self._began = clock.perf_counter()
         if self._tracer is not None:
             try:
                 self._tracer.start()
             except SetupError:
                 self._sampler.stop()
                 raise
-        self._cpu_s, self._children_s = clock.process_time(), _children_s()
-        self._began = clock.perf_counter()
 
     def stop_tracing(self) -> None:
         """The rest is only sampled. Calls that have not returned yet will not be counted."""
@@ -119,7 +122,11 @@ class Recording:
             blocks=samples.blocks,
             gil=samples.gil,
             import_s=samples.import_s,
-            notes=[*samples.notes, *([_RESUMED] if not self.places.resumed.isdisjoint(c.frame for c in calls) else [])],
+            notes=[
+                *samples.notes,
+                *(self._tracer.notes if self._tracer else []),
+                *([_RESUMED] if not self.places.resumed.isdisjoint(c.frame for c in calls) else []),
+            ],
         )
 
     def _look(self, threads: Mapping[int, Thread], now: float) -> float | None:
@@ -127,7 +134,7 @@ class Recording:
             self._longest.look(threads, now)
         if self._on_look is not None:
             self._on_look(now)
-        return self._arguments.look(now) if self._arguments is not None else None
+        return self._arguments.look(now, len(threads)) if self._arguments is not None else None
 
     def _calls(self) -> tuple[list[Call], float]:
         if self._tracer is None:

@@ -70,6 +70,8 @@ class Sampler:
         rate_hz: looks per second at most.
         seconds: it stops by itself after this time; what it has seen stays to be fetched.
         places: shared with others that number functions, who must not use it while it runs.
+        credit_s: processor time that it may take before the budget counts. Everything is seen for the first time then,
+            which takes longest; without it little is seen of a second.
         skipped: identifiers of threads that are not looked at; its own is added.
         on_look: called after each look, on the sampler's thread and from its budget; it may say after how many seconds
             it wants to be called again, if that is sooner.
@@ -84,6 +86,7 @@ class Sampler:
         budget: float = BUDGET,
         rate_hz: float = MOST_HZ,
         seconds: float | None = None,
+        credit_s: float = 0.0,
         places: Places | None = None,
         skipped: set[int] | None = None,
         on_look: Callable[[Mapping[int, Thread], float], float | None] | None = None,
@@ -95,6 +98,7 @@ class Sampler:
         if seconds is not None and not seconds > 0:
             raise ConfigError("no time is left to look", field="seconds")
         self._budget, self._shortest_s, self._most_s = budget, 1 / rate_hz, seconds
+        self._credit_s = credit_s
         self.places = places or Places()
         self._on_look = on_look
         self._cpu, self._waiting = Tally(), Tally()
@@ -175,7 +179,9 @@ class Sampler:
             # Each look is paid for by the pause after it: the budget holds whatever a look costs.
             before, spent = spent, clock.thread_time()
             self._spent_s = spent
-            owed_s += max(self._shortest_s, (spent - before) / self._budget)
+            paid = min(self._credit_s, spent - before)
+            self._credit_s -= paid
+            owed_s += max(self._shortest_s, (spent - before - paid) / self._budget)
             pause = min(_LONGEST_PAUSE_S, owed_s if soon is None else soon)
             owed_s = max(0.0, owed_s - pause)
             pause *= 1 + _JITTER * (2 * self._draw.random() - 1)
@@ -192,6 +198,8 @@ class Sampler:
         self._loops.look(before, now, loops, threads)
         running = 0
         for thread in threads.values():
+            if not thread.places:
+                continue  # it is in our own code
             if thread.running:
                 running += 1
                 self._cpu.add(thread.name, "", thread.places, gap)

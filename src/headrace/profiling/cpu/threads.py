@@ -146,7 +146,7 @@ class Threads:
         if not unmoved:
             found = self._places.of_stack(frame)
             place = self._places.places
-            calls = place[found[-1]].calls if found else ""
+            calls = self._places.called_by(frame) if found else ""
             thread.reason = waits.reason(calls, ((place[n].tells, place[n].library) for n in reversed(found)))
             thread.called = waits.is_known(calls)
             thread.places = tuple(found)

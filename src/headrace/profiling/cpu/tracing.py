@@ -13,12 +13,11 @@ import sys
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from headrace.errors import SetupError
-from headrace.profiling.cpu.places import Places
+from headrace.profiling.cpu.places import OURS, Places
 
 _EVENTS = {
     "PY_START": "_pystart_callback",
@@ -33,8 +32,8 @@ _EVENTS = {
 }
 
 
-# This package runs in the traced threads too: to start the program, and as an empty callback of event loops.
-_OURS = {str(path) for path in [*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "block.py"]}
+# What switches tracing on and off is the first and the last that is traced.
+_SWITCHES = ("<method 'disable' of '_lsprof", "<built-in method sys.monitoring.register_callback>")
 
 
 class Edge(NamedTuple):
@@ -81,6 +80,7 @@ class Tracer:
     """
 
     def __init__(self, skipped: Collection[int] = ()) -> None:
+        self.notes: list[str] = []
         self._skipped = skipped
         self._profiles = [cProfile.Profile()]
         self._of_thread: dict[int, cProfile.Profile | None] = {}
@@ -104,6 +104,9 @@ class Tracer:
 
     def stop(self) -> None:
         """End, on the thread that began."""
+        active: object = sys.getprofile()
+        if self._monitoring is None and active is not self._profiles[0]:
+            self.notes.append("the program has used a profiler of its own: calls after that are not counted")
         self._profiles[0].disable()
         if self._monitoring is None and threading.getprofile() == self._in_new_thread:
             threading.setprofile(None)
@@ -164,7 +167,7 @@ def _nobody(*_: object) -> None:
 
 
 def _is_ours(code: CodeType | str) -> bool:
-    return code.startswith("<method 'disable' of '_lsprof") if isinstance(code, str) else code.co_filename in _OURS
+    return code.startswith(_SWITCHES) if isinstance(code, str) else code.co_filename in OURS
 
 
 def _name(code: CodeType | str) -> str:
@@ -193,6 +196,6 @@ def _add(found: Graph, entry: Any, places: Places) -> None:
 def _take_away(found: Graph, entry: Any, places: Places) -> None:
     """What this package called was no doing of the program's; that which it has run, as a script, is."""
     for called in entry.calls or ():
-        node = found.get(_number(called.code, places))
-        if node is not None and not isinstance(called.code, CodeType):
+        node = None if isinstance(called.code, CodeType) else found.get(_number(called.code, places))
+        if node is not None:
             node.all = node.all.minus(_edge(called))

@@ -82,9 +82,11 @@ _FUNCTIONS: list[tuple[str, str, str]] = [
     ("/aiohttp/streams.py", "", "socket"),
     ("/aiohttp/connector.py", "", "socket"),
     ("/websockets/asyncio/connection.py", "Connection.recv", "socket"),
-    ("/httpcore/", "", "socket"),
-    ("/asyncpg/", "", "socket"),
 ]
+_BY_FILE: dict[str, list[tuple[str, str, str]]] = {}
+for _rule in _FUNCTIONS:
+    _BY_FILE.setdefault(_rule[0].rpartition("/")[2], []).append(_rule)
+_FOLDERS = {"/httpcore/": "socket", "/asyncpg/": "socket"}
 # How far out, through frames of libraries, it is looked for who says it better.
 _FRAMES = 10
 _FRAMES_OF_SELECTORS = 2
@@ -95,10 +97,10 @@ def told_by(file: str, function: str) -> str:
     if function == "<module>":
         return ""  # it is being imported
     file = file.replace("\\", "/")
-    for end, begin, kind in _FUNCTIONS:
-        if (file.endswith(end) or (end.endswith("/") and end in file)) and function.startswith(begin):
+    for end, begin, kind in _BY_FILE.get(file[file.rfind("/") + 1 :], ()):
+        if file.endswith(end) and function.startswith(begin):
             return kind
-    return ""
+    return next((kind for folder, kind in _FOLDERS.items() if folder in file), "")
 
 
 def is_known(calls: str) -> bool:

@@ -67,7 +67,9 @@ def _nested(record: Record, claims: list[Claim]) -> list[Claim]:
 
 def _stands_for(record: Record, inner: Claim, outer: Claim) -> bool:
     """Whether a function's time is nearly all of another's, which only passes it on."""
-    if not inner.weights.keys() <= outer.weights.keys() or inner.finding.share < _NEARLY_ALL * outer.finding.share:
+    part = sum(record.cpu[number].seconds for number in inner.weights)
+    whole = sum(record.cpu[number].seconds for number in outer.weights)
+    if not inner.weights.keys() <= outer.weights.keys() or part < _NEARLY_ALL * whole:
         return False
     number = next(iter(inner.weights), None)
     if number is None:

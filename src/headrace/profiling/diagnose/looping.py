@@ -7,7 +7,7 @@ from collections import defaultdict
 from headrace.profiling.diagnose.explained import Claim, Explained, duration, percent, times
 from headrace.profiling.diagnose.kinds import TOKENISING, weighted_spots, weights
 from headrace.profiling.diagnose.once import once
-from headrace.profiling.diagnose.view import SURELY, enough, is_loop, is_users, on_loop, place, surely, total_s
+from headrace.profiling.diagnose.view import SURELY, enough, is_loop, is_users, of_task, on_loop, place, surely, total_s
 from headrace.profiling.record import Block, Record
 
 BLOCK_S = 0.05
@@ -78,7 +78,7 @@ def _others_wait(record: Record, root: int) -> bool:
     """Whether tasks waited beside the one that this function is the start of."""
     roots: dict[str, set[int]] = defaultdict(set)
     for stack in record.waiting:
-        if stack.frames and stack.owner and not on_loop(record, stack) and stack.seconds >= BLOCK_S:
+        if of_task(record, stack) and stack.seconds >= BLOCK_S:
             roots[stack.owner].add(stack.frames[0])
     return len(roots) >= 2 or any(root not in frames for frames in roots.values())
 

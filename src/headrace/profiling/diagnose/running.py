@@ -16,8 +16,9 @@ from headrace.profiling.diagnose.view import (
     chain,
     enough,
     is_users,
-    on_loop,
+    of_task,
     outside_s,
+    own_s,
     place,
     spots,
     surely,
@@ -36,7 +37,7 @@ _OWN_OF_WAY = 0.1
 _FEW = 10
 _SLOW_S = 0.1
 _OUTLIER = 10
-_REST = 0.05
+_REST = 0.25
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def hot(record: Record) -> list[Hot]:
 def _traced_shares(record: Record, mine: Mapping[int, Spot]) -> dict[int, tuple[float, float]]:
     """By function of the user's: with the libraries below it, and with only the built-in functions that it calls."""
     whole = max(record.wall_s, sum(call.own_s for call in record.calls if not waits(record, call.frame)))
-    seen, direct = spots(record), {call.frame: call.own_s for call in record.calls}
+    seen, direct = spots(record), dict(own_s(record))
     for call in record.calls:
         if record.frames[call.frame].kind == "builtin" and not waits(record, call.frame):
             for caller, numbers in call.callers.items():
@@ -195,8 +196,8 @@ def slow_calls(record: Record) -> list[Explained]:
 @once
 def _outliers(record: Record) -> list[tuple[Explained, int]]:
     # Of a coroutine or generator a call is one step and the longest is its life. Coroutines are seen in tasks that
-    # wait; of a generator's life nothing is left for other calls.
-    tasks = {frame for stack in record.waiting if not on_loop(record, stack) for frame in stack.frames}
+    # wait; of a generator's life little is left for other calls, no more than was missed of its beginning and end.
+    tasks = {frame for stack in record.waiting if of_task(record, stack) for frame in stack.frames}
     found = []
     for call in record.calls:
         frame, longest = record.frames[call.frame], call.longest_s or 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace.profiling.diagnose.once import once
@@ -132,16 +132,23 @@ def on_loop(record: Record, stack: Stack) -> bool:
     return any(is_loop(record.frames[frame]) for frame in stack.frames)
 
 
+def of_task(record: Record, stack: Stack) -> bool:
+    """Whether a waiting stack is a task's chain of awaits, which begins with its coroutine, and not a thread's."""
+    if not stack.frames or stack.owner in ("", "MainThread") or on_loop(record, stack):
+        return False
+    return not record.frames[stack.frames[0]].function.endswith("_bootstrap")
+
+
 def is_loop(frame: Frame) -> bool:
     return frame.kind != "user" and _LOOP.search(frame.file) is not None
 
 
-def spots(record: Record, keep: Callable[[Stack], bool] | None = None) -> dict[int, Spot]:
+def spots(record: Record) -> dict[int, Spot]:
     """Running time by the function of the user's whose own code, or a library called from there, was running."""
     found: dict[int, Spot] = {}
     for stack in record.cpu:
         position = users(record, stack)
-        if position < 0 or (keep is not None and not keep(stack)):
+        if position < 0:
             continue
         frame = stack.frames[position]
         spot = found.setdefault(frame, Spot(frame, 0.0, 0, defaultdict(float)))
@@ -185,11 +192,23 @@ def outside_s(record: Record) -> dict[int, dict[int, float]]:
 
 
 @once
+def own_s(record: Record) -> dict[int, float]:
+    """By function: traced time of its own. A ``with`` that waits for a lock is no call, and would be counted in it."""
+    found = {call.frame: call.own_s for call in record.calls}
+    for stack in record.waiting:
+        position = users(record, stack)
+        inner = [record.frames[frame].function for frame in stack.frames[position + 1 :]]
+        if position >= 0 and inner in ([], ["__enter__"]) and stack.frames[position] in found:
+            found[stack.frames[position]] = max(0.0, found[stack.frames[position]] - stack.seconds)
+    return found
+
+
+@once
 def traced_s(record: Record) -> dict[int, float]:
     """By function of the user's: traced time of its own and of what it called outside, without waits."""
-    outside = outside_s(record)
+    outside, own = outside_s(record), own_s(record)
     return {
-        call.frame: call.own_s + sum(outside.get(call.frame, {}).values())
+        call.frame: own[call.frame] + sum(outside.get(call.frame, {}).values())
         for call in record.calls
         if is_users(record.frames[call.frame])
     }

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from headrace.profiling.diagnose.explained import Claim, Explained, duration, percent
 from headrace.profiling.diagnose.once import once
 from headrace.profiling.diagnose.threads import for_room, locks
-from headrace.profiling.diagnose.view import chain, is_users, on_loop, place, users
-from headrace.profiling.record import Record, Stack
+from headrace.profiling.diagnose.view import chain, is_users, on_loop, place, spots, users
+from headrace.profiling.record import Child, Record, Stack
 
 IDLE = 0.4
 # Of the idle time: what stands for less is not what the program waits for.
@@ -184,7 +184,7 @@ def children(record: Record) -> list[Claim]:
     top = max(started, key=lambda stack: stack.seconds, default=None)
     position = users(record, top) if top is not None else -1
     most = sorted(record.children, key=lambda child: -child.cpu_s)[:3]
-    listed = ", ".join(f"{child.command} {duration(child.cpu_s)}" for child in most)
+    listed = ", ".join(f"{child.command} {duration(child.cpu_s)}{_inside(child)}" for child in most)
     finding = Explained(
         "child_processes",
         "warning",
@@ -198,3 +198,9 @@ def children(record: Record) -> list[Claim]:
         share=min(1.0, share),
     )
     return [Claim(finding)]
+
+
+def _inside(child: Child) -> str:
+    """Where a child that was sampled too spent most of its time."""
+    top = max(spots(child.record).values(), key=lambda spot: spot.seconds, default=None) if child.record else None
+    return f", most of it in {place(child.record, top.frame, top.line)}" if child.record and top else ""
