@@ -1,6 +1,7 @@
-"""The ladder on a real model: all-MiniLM-L6-v2 on this machine's CPU, with 200 sentences of this project's own documents.
+"""The ladder on a real model: all-MiniLM-L6-v2 on this machine's CPU, with 200 sentences of the project's documents.
 
-    python benchmarks/ladder.py [--rungs A,B,C] [--effort 1] [--cap-s 120] [--preset balanced] [--out FILE.json] [--keep DIR]
+    python benchmarks/ladder.py [--rungs A,B,C] [--effort 1] [--cap-s 120]
+                                [--preset balanced] [--out FILE.json] [--keep DIR]
 
 Every rung is timed beside the model as it is (float32, plain attention), in turns, in processes of its own; what is
 measured is `headrace optimize` itself. A quiet machine is wanted: the control (the baseline beside itself) says whether

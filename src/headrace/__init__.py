@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from headrace.library import App, serve
-    from headrace.optimizing.library import optimize
+    from headrace.optimizing.library import Ladder, optimize
     from headrace.profiling.block import profiling
     from headrace.profiling.leak import find_leak
     from headrace.profiling.linewise import profile_lines, run_lines
@@ -47,6 +47,7 @@ __all__ = [
     "DynamicBatcher",
     "HeadraceError",
     "InvalidInput",
+    "Ladder",
     "LoadError",
     "MetricsMiddleware",
     "Overloaded",
@@ -84,6 +85,7 @@ _HOMES = {
     "AsyncTasks": "tasks_client",
     "Client": "client",
     "DynamicBatcher": "dynamic",
+    "Ladder": "optimizing.library",
     "MetricsMiddleware": "tracking.export",
     "Prediction": "client",
     "Task": "tasks_client",

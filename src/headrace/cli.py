@@ -180,9 +180,10 @@ def serve(target: str | None, name: str | None, file: Path | None, **flags: Any)
     ) -> int:
         import asyncio
 
+        from headrace import live_profile
         from headrace.serving.server import serve as serve_models
 
-        return asyncio.run(serve_models(settings, on_ready, reread))
+        return asyncio.run(serve_models(settings, on_ready, reread, profiler=live_profile.NAME))
 
     def read() -> config.Config:
         return msgspec.structs.replace(config.load(flags, targets=targets, file=file), app="")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace import config
+from headrace import config, live_profile
 from headrace.errors import ConfigError, LoadError
 from headrace.serving.embedded import EmbeddedFrontEnd
 from headrace.serving.server import serve as serve_config
@@ -35,7 +35,11 @@ def serve(target: Any = None, *, name: str | None = None, **options: Any) -> int
         raise LoadError(
             "the script calls headrace.serve when it is imported", hint='put the call under if __name__ == "__main__":'
         )
-    return asyncio.run(serve_config(load(target, name, options), lambda url, admin_url: print(f"ready: {url}")))
+    return asyncio.run(
+        serve_config(
+            load(target, name, options), lambda url, admin_url: print(f"ready: {url}"), profiler=live_profile.NAME
+        )
+    )
 
 
 class App(EmbeddedFrontEnd):

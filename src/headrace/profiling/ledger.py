@@ -137,7 +137,7 @@ def named(name: str, root: Path | None = None) -> list[Run]:
     same = [run for run in known if run.name == name]
     if not same:
         names = list(dict.fromkeys(run.name for run in reversed(known)))
-        told = f"known are {', '.join(names[:8])}" if names else "headrace profile --store NAME keeps a run"
+        told = f"known are {', '.join(names[:8])}" if names else "headrace profile --name NAME keeps a run"
         raise ConfigError(f"no run is stored as {name!r} in {(root or Path.cwd()) / FOLDER}", field="name", hint=told)
     return [run for run in same if _repeats(run, same[-1])]
 
