@@ -22,7 +22,7 @@ up: install
 
 # What does not look at the time runs two files at once; the rest has the machine to itself.
 SIDE_BY_SIDE := tests/test_house.py tests/unit tests/contract tests/property $(addprefix tests/processes/test_, \
-  promtool.py doctor.py lint.py leak.py artifacts.py optimize.py)
+  promtool.py doctor.py lint.py leak.py artifacts.py optimize.py rungs.py language.py profile.py compare.py flame.py)
 
 test: $(VENV)/.installed-dev check
 ifdef ARGS
