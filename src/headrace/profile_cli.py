@@ -63,7 +63,9 @@ def _formats(_context: click.Context, _option: click.Parameter, value: str | Non
 @click.option("--trace/--no-trace", default=True, show_default=True, help="count every call; without, only sample")
 @click.option("--children/--no-children", default=True, show_default=True, help="sample Python processes it starts too")
 @click.option("--pid", type=int, metavar="PID", help="look at a process that runs already, from outside")
-@click.option("--seconds", default=10.0, show_default=True, metavar="S", help="how long, with --pid")
+@click.option("--url", metavar="URL", help="look at a process of a running server: the URL of its admin port")
+@click.option("--worker", default="", metavar="NAME", help="which one, with --url; without it the server names them")
+@click.option("--seconds", default=10.0, show_default=True, metavar="S", help="how long, with --pid or --url")
 @click.option("--from", "saved", type=click.Path(path_type=Path), metavar="RECORD", help="report of a saved run again")
 @click.option("--format", "style", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def profile(
@@ -81,6 +83,8 @@ def profile(
     trace: bool,
     children: bool,
     pid: int | None,
+    url: str | None,
+    worker: str,
     seconds: float,
     saved: Path | None,
     style: str,
@@ -95,10 +99,12 @@ def profile(
 
     ranked([], sort)  # an order that does not exist is told before the program has run
     options = _Options(sort, top, style, output, save, name, view)
-    if sum(each is not None for each in (script, pid, saved)) != 1:
-        raise click.UsageError("one of: a script, -m MODULE, --pid, --from")
+    if sum(each is not None for each in (script, pid, url, saved)) != 1:
+        raise click.UsageError("one of: a script, -m MODULE, --pid, --url, --from")
     if pid is not None:
         _profile_process(pid, seconds, options)
+    elif url is not None:
+        _profile_server(url, worker, seconds, options)
     elif saved is not None:
         _report_again(saved, options)
     else:
@@ -155,6 +161,19 @@ def _profile_process(pid: int, seconds: float, options: _Options) -> None:
 
     _tell(f"looking at process {pid} for {seconds:g} s")
     record = attach.attach(pid, seconds)
+    folder = launch.new_folder()
+    records.write(record, folder / "record.json")
+    _show(record, folder, options, on_stderr=False)
+
+
+def _profile_server(url: str, worker: str, seconds: float, options: _Options) -> None:
+    from headrace import live_profile
+    from headrace.profiling import record as records
+    from headrace.profiling.cpu import launch
+
+    if worker:
+        _tell(f"looking at {worker} of {url} for {seconds:g} s")
+    record = live_profile.fetch(url, worker, seconds)
     folder = launch.new_folder()
     records.write(record, folder / "record.json")
     _show(record, folder, options, on_stderr=False)
