@@ -22,14 +22,17 @@ up: install
 
 # What does not look at the time runs two files at once; the rest has the machine to itself.
 SIDE_BY_SIDE := tests/test_house.py tests/unit tests/contract tests/property $(addprefix tests/processes/test_, \
-  promtool.py doctor.py lint.py leak.py artifacts.py optimize.py rungs.py language.py profile.py compare.py flame.py)
+  promtool.py doctor.py lint.py leak.py artifacts.py optimize.py)
+# Profiles and ladders of whole programs: judged by time, and too long for every change. `make soak` runs them.
+BY_TIME := $(addprefix tests/processes/test_, sampler.py tracing.py profile.py diagnosis.py live_profile.py compare.py \
+  flame.py rungs.py language.py)
 
 test: $(VENV)/.installed-dev check
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(SIDE_BY_SIDE))
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(SIDE_BY_SIDE) $(BY_TIME))
 endif
 
 check: $(VENV)/.installed-dev
@@ -42,6 +45,7 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/chaos/chaos.py --seconds 600 --seed $(or $(SEED),3) --out benchmarks/results/chaos-latest.json
 	$(BIN)/python tests/chaos/task_chaos.py --agents 60 --steps 10 --kill-every 2 --seed $(or $(SEED),3) \
 	  --out benchmarks/results/task-chaos-latest.json
+	$(BIN)/python -m pytest $(BY_TIME)
 	@set -e; for seed in 1 2 3 4 5 6 7 8 9 10; do echo "round $$seed"; \
 	  $(BIN)/python -m pytest -q --hypothesis-seed=$$seed tests/property tests/processes/test_survival.py $(ARGS); done
 

@@ -77,6 +77,9 @@ def test_some_integers_are_for_some_processors() -> None:
     assert "VNNI" in rungs.find("torchao-int8").missing(plain)
     for rung in ("torch-int8-static", "ort-int8-static", "torchao-int8-weights"):
         assert rungs.find(rung).missing(plain) == ""
+    assert rungs.saves_a_bit(plain.flags)
+    assert not rungs.saves_a_bit(FLAGS)
+    assert not rungs.saves_a_bit(arm.flags)
 
 
 def needed(folder: Path, rung: str) -> Any:

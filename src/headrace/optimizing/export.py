@@ -16,7 +16,7 @@ import torch
 from headrace.artifact import Subject, processor_flags
 from headrace.errors import Unavailable
 from headrace.optimizing import export_aot, export_language
-from headrace.optimizing.rungs import Rung, multiplies_integers
+from headrace.optimizing.rungs import Rung, saves_a_bit
 from headrace.optimizing.smoothing import smooth
 from headrace.runners import collate
 from headrace.runners.engines import AOT_FILE, ONNX_FILE, OPENVINO_FILE
@@ -125,7 +125,11 @@ def _quantize_dynamic(source: Path, target: Path) -> None:
     from onnxruntime import quantization as ort
 
     ort.quantize_dynamic(
-        str(source), str(target), per_channel=True, reduce_range=_reduced(), weight_type=ort.QuantType.QInt8
+        str(source),
+        str(target),
+        per_channel=True,
+        reduce_range=saves_a_bit(processor_flags()),
+        weight_type=ort.QuantType.QInt8,
     )
 
 
@@ -143,29 +147,19 @@ def _quantize_static(source: Path, target: Path, calibration: _Calibration) -> N
     weights = {each.name for each in graph.initializer}
     # Those of attention: exempt by name, as MatMulConstBOnly is not heeded here.
     of_two_inputs = [node.name for node in graph.node if node.op_type in _PRODUCTS and not weights & {*node.input[:2]}]
-
     ort.quantize_static(
         str(source),
         str(target),
         calibration,
         quant_format=ort.QuantFormat.QDQ,
         per_channel=True,
-        reduce_range=_reduced(),
+        reduce_range=saves_a_bit(processor_flags()),
         activation_type=ort.QuantType.QUInt8,  # what the processors' instructions take on that side
         weight_type=ort.QuantType.QInt8,
         op_types_to_quantize=["Conv", "Gather", *_PRODUCTS],
         nodes_to_exclude=of_two_inputs,
         extra_options={"OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
     )
-
-
-def _reduced() -> bool:
-    """Whether weights get 7 bits only.
-
-    x86-64 processors without VNNI add two products in 16 bits. That can overflow with 8, on other inputs than these.
-    """
-    flags = processor_flags()
-    return "x86_64" in flags and not multiplies_integers(flags)
 
 
 class _Calibration:

@@ -17,7 +17,7 @@ import torch
 
 from headrace.artifact import processor_flags
 from headrace.errors import Unavailable
-from headrace.optimizing.rungs import PORTABLE
+from headrace.optimizing.rungs import PORTABLE, saves_a_bit
 
 # The last spares programs that would only try whether the compiler knows instructions that every one knows.
 _FOR_AVX2 = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256, "cpp.vec_isa_ok": True}
@@ -63,7 +63,8 @@ def quantized(program: Any, again: Export, batches: Iterable[dict[str, torch.Ten
     module.graph.eliminate_dead_code()
     module.recompile()
     quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    reduced = saves_a_bit(processor_flags())
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=reduced))
     prepared = prepare_pt2e(module, quantizer)
     for batch in batches:
         prepared(**batch)
