@@ -89,7 +89,7 @@ def test_a_run_of_other_code_is_no_repeat(tmp_path: Path) -> None:
 def test_an_unknown_name_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run is stored as 'before'") as nothing:
         ledger.named("before", tmp_path)
-    assert "--store" in str(nothing.value.hint)
+    assert "--name" in str(nothing.value.hint)
     ledger.store(record(), "one", tmp_path)
     ledger.store(record(), "two", tmp_path)
     with pytest.raises(ConfigError) as refused:
