@@ -19,6 +19,7 @@ from headrace.errors import LoadError, Unavailable
 from headrace.optimizing import compiled, export, layer, rungs
 from headrace.optimizing.child import MACHINE, Job
 from headrace.optimizing.export_aot import settings
+from headrace.optimizing.ladder import simplicity
 from headrace.optimizing.pack import requires
 from headrace.optimizing.smoothing import smooth
 from headrace.runners import collate, engines
@@ -97,6 +98,10 @@ def test_compiled_code_is_for_every_processor_with_avx2_and_integers_for_those_l
     assert needed(tmp_path, "torch-int8-static").isa == sorted(rungs.PORTABLE | {"avx512f", "avx512_vnni"})
     assert settings("cuda") == {}
     assert settings("cpu")["freezing"]
+
+
+def test_of_two_as_fast_the_one_whose_answers_do_not_depend_on_their_batch_is_chosen() -> None:
+    assert simplicity("ort") < simplicity("ort-int8-static") < simplicity("ort-int8-dynamic")
 
 
 # ── smoothing ──
