@@ -24,7 +24,7 @@ LAYERS = [
     {"errors", "clock", "log", "cgroups", "config", "version"},
     {"core", "metrics", "stats", "artifact"},
     {"ipc", "batcher", "isolation", "runners", "calibration", "rundir", "errand", "child", "supervisor", "machine"}
-    | {"web", "http_client"},
+    | {"web", "http_client", "admin_client"},
     PARTS,
     {"", "up", "front", "demo", "define", "asgi", "library", "live_profile", "testing", "doctor", "__main__"}
     | COMMANDS,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from headrace.errors import Fault, ServiceError, from_fault
+from headrace.errors import ServiceError
 
 if TYPE_CHECKING:
     from headrace.profiling.finding import Finding
@@ -102,39 +102,23 @@ def fetch(url: str, worker: str, seconds: float) -> Record:
     """Have a server look at one of its processes, or at all of them.
 
     Args:
-        url: of its admin port. A key, where the server has some, comes from ``HEADRACE_API_KEY``.
+        url: of its admin port.
 
     Raises:
-        HeadraceError: what the server answers instead; `ServiceError` if it does not answer, or not as ours do.
+        HeadraceError: as `admin_client.ask` does.
     """
-    import urllib.error
     import urllib.parse
-    import urllib.request
 
+    from headrace.admin_client import ask
     from headrace.profiling.record import Record
 
     query = urllib.parse.urlencode({"worker": worker, "seconds": f"{seconds:g}", "format": "json"})
-    key = os.environ.get("HEADRACE_API_KEY")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    hint = "the startup message of a server names its admin port"
+    answer = ask(url, f"/admin/profile?{query}", method="POST", timeout_s=seconds + _TIMEOUT_S)
     try:
-        asked = urllib.request.Request(f"{url.rstrip('/')}/admin/profile?{query}", b"", headers, method="POST")
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(asked, timeout=seconds + _TIMEOUT_S) as answer:
-            return msgspec.json.decode(answer.read(), type=Record)
-    except urllib.error.HTTPError as error:
-        raise _refusal(url, error.code, error.read()) from None
-    except (OSError, ValueError) as error:  # msgspec's are values, too
-        why = getattr(error, "reason", error)
-        raise ServiceError(f"no profile from {url}: {why}", hint=hint) from None
-
-
-def _refusal(url: str, status: int, body: bytes) -> Exception:
-    try:
-        told = msgspec.json.decode(body, type=dict[str, dict[str, Any]])["error"]
-        return from_fault(Fault(told["code"], told["message"], told.get("field"), told.get("hint")))
-    except (msgspec.MsgspecError, KeyError):
-        return ServiceError(f"no profile from {url}: HTTP {status}", hint="is it the admin port of a newer headrace?")
+        return msgspec.json.decode(answer, type=Record)
+    except msgspec.MsgspecError as error:
+        hint = "is it the admin port of a newer headrace?"
+        raise ServiceError(f"no profile from {url}: {error}", hint=hint) from None
 
 
 def _collapsed(record: Record, kind: str) -> str:

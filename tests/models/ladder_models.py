@@ -44,6 +44,14 @@ def layer() -> torch.nn.Module:
     return torch.nn.Linear(32, 8)
 
 
+def slow_halves() -> torch.nn.Module:
+    """Made where a layer of any other kind takes nine times as long as in float32."""
+    from headrace.optimizing import layer
+
+    layer.ratio = lambda *_: 9.0
+    return Rows()
+
+
 def by_chance() -> torch.nn.Module:
     """Other weights each time."""
     torch.manual_seed(int.from_bytes(os.urandom(4)))

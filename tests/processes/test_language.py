@@ -77,7 +77,7 @@ def test_every_way_is_measured_with_prefill_and_decode_apart(climbed: tuple[Path
 
 def test_the_artifact_goes_on_with_a_text(climbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, _ = climbed
-    with serving(str(out), "--name", "writer") as server:
+    with serving(tmp_path, str(out), "--name", "writer") as server:
         answer = httpx.post(f"{server.url}/predict", json={"input": SENTENCES[0]}, timeout=30)
         assert answer.status_code == 200, answer.text
         found = answer.json()["output"]

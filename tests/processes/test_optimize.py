@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from conftest import HEADRACE, MODELS, alive, children, wait_until
 from headrace.config import ModelConfig
@@ -165,6 +166,23 @@ def test_a_rung_that_does_not_answer_is_ended_in_time(
         process.ask()
     assert (failed.value.status, failed.value.reason) == ("timeout", "not done within 5 s")
     wait_until(lambda: not any(map(alive, interrupted.noted)), 5, "what the model has started is gone, too")
+
+
+def test_a_rung_whose_layer_is_much_slower_is_given_up_with_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(MODELS)
+    job = Job(str(tmp_path), "ladder_models:slow_halves", "auto", "cpu", 1, "bf16", samples(tmp_path, *numbers()))
+    Process("prepare", job, tmp_path / "prepare", cap_s=60, most_bytes=1 << 40).finish()
+    gated = Process("run", replace(job, layer_first=True), tmp_path / "gated", cap_s=60, most_bytes=1 << 40)
+    with pytest.raises(Failed, match=r"one layer of 32 × 512 takes 9\.0 times as long with 16") as failed:
+        gated.ask()
+    assert failed.value.status == "not_faster"
+    asked_for = Process("run", job, tmp_path / "asked", cap_s=60, most_bytes=1 << 40)
+    try:
+        assert asked_for.ask()["size_bytes"] > 0
+    finally:
+        asked_for.end()
 
 
 def test_a_module_in_memory_is_optimised_and_nothing_is_printed(

@@ -97,7 +97,7 @@ def test_a_task_that_fails_and_one_that_is_cancelled(server: Server) -> None:
         with pytest.raises(hr.TaskFailed, match="ValueError: oh") as caught:
             tasks.result(failed, timeout_s=30)
         assert caught.value.reason == "agent_error"
-        assert tasks.retry(failed, fresh=True).status == "pending"
+        assert tasks.retry(failed, fresh=True).status in ("pending", "running")
         assert tasks.wait(failed, timeout_s=30).attempt == 2
 
         hanging = tasks.submit("hang").task_id

@@ -66,7 +66,7 @@ def test_it_goes_on_until_it_is_interrupted(server: Server) -> None:
 def test_where_no_admin_port_is_that_is_said(server: Server) -> None:
     for url, told in (
         (f"http://127.0.0.1:{free_port()}", "no answer from"),
-        (server.url, "no answer from"),
+        (server.url, "is no admin port of headrace"),
         ("localhost:1", "is not the URL of an admin port"),
     ):
         process = top(url, "--once")

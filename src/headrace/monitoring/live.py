@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from headrace import metrics
+from headrace.admin_client import ask
 from headrace.clock import monotonic
-from headrace.errors import HeadraceError, ServiceError, Unauthorized
+from headrace.errors import NotFound, ServiceError
 
-_TIMEOUT_S = 5.0
 _SERIES = re.compile(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
@@ -77,32 +74,13 @@ class View(msgspec.Struct, frozen=True):
 
 
 def look(address: str) -> Snapshot:
-    """Raises `ServiceError` where nobody answers, `Unauthorized` where a key is wanted."""
+    """Raises `ServiceError` where nobody answers as ours do, `Unauthorized` where a key is wanted."""
     try:
-        workers = msgspec.json.decode(_get(f"{address}/admin/workers"), type=dict[str, list[dict[str, object]]])
-        return Snapshot(monotonic(), workers["workers"], parsed(_get(f"{address}/metrics").decode()))
-    except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, ValueError) as error:
+        workers = msgspec.json.decode(ask(address, "/admin/workers"), type=dict[str, list[dict[str, object]]])
+        return Snapshot(monotonic(), workers["workers"], parsed(ask(address, "/metrics").decode()))
+    except (msgspec.MsgspecError, KeyError, ValueError, NotFound) as error:
         hint = "the startup message of the server names its admin port"
         raise ServiceError(f"{address} is no admin port of headrace: {error}", hint=hint) from None
-
-
-def _get(url: str) -> bytes:
-    key = os.environ.get("HEADRACE_API_KEY")
-    request = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"} if key else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=_TIMEOUT_S) as answer:
-            return bytes(answer.read())
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            raise Unauthorized("the server wants a key", hint="put it into HEADRACE_API_KEY") from None
-        raise _lost(url, f"HTTP {error.code}") from None
-    except (OSError, ValueError) as error:
-        raise _lost(url, str(getattr(error, "reason", error))) from None
-
-
-def _lost(url: str, why: str) -> HeadraceError:
-    return ServiceError(f"no answer from {url}: {why}", hint="is the server running, and this its admin port?")
 
 
 def parsed(text: str) -> dict[str, list[tuple[_Labels, float]]]:

@@ -231,7 +231,7 @@ class _Asked:
                     outputs[str(number)] = np.asarray(output, np.float32)
             np.savez(command["file"], **outputs)  # type: ignore[arg-type]
             return {"file": command["file"]}
-        return {"peak_bytes": _peak_bytes(), "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak_bytes": _peak_bytes()}
 
     def _time(self, batches: list[list[collate.Item]], least_s: float) -> dict[str, Any]:
         """Run all batches again and again until the time is over, once at least; wall and CPU time are of one pass."""

@@ -9,8 +9,8 @@ from headrace.runners.drift import Array, batch_drift, breaches, compared_as, dr
 
 __all__ = ["PRESETS", "batch_drift", "breaches", "budget", "check_shapes", "compared_as", "drift"]
 
-# Least and most allowed, by preset and task. With all-MiniLM-L6-v2 on 136 sentences (2 cores with AVX2) balanced lets
-# ort-int8-dynamic pass, cos_mean .991, and keeps out torch-int8-dynamic, .943.
+# Least and most allowed, by preset and task. With all-MiniLM-L6-v2 balanced lets ONNX Runtime's INT8 pass and keeps out
+# torch-int8-dynamic, see docs/optimize.md.
 PRESETS: dict[str, dict[str, dict[str, float]]] = {
     "exact": {
         "embed": {"cos_min": 0.9999, "spearman": 0.9999},

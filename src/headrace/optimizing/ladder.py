@@ -22,7 +22,7 @@ from headrace.clock import perf_counter, wall
 from headrace.config import usable_cpus
 from headrace.errors import ConfigError, Fault, LoadError, from_fault
 from headrace.optimizing import drift, measure, rungs
-from headrace.optimizing.child import Items, Job
+from headrace.optimizing.child import MACHINE, Items, Job
 from headrace.optimizing.comparison import Comparison
 from headrace.optimizing.process import Failed, Process, usual_cap
 from headrace.optimizing.samples import divide
@@ -143,7 +143,7 @@ class _Climb:
         self.budget = self.comparison.budget
         self.calibration, self.evaluation = divide(len(items.all))
         self.job = msgspec.structs.replace(self.job, calibration=self.calibration)
-        self.machine = msgspec.json.decode((self.work / "machine.json").read_bytes(), type=rungs.Machine)
+        self.machine = msgspec.json.decode((self.work / MACHINE).read_bytes(), type=rungs.Machine)
         if not self.wanted:
             self.wanted = [rungs.find(each) for each in rungs.usual(self.machine, self.subject.task)]
         writing = items.subject.task == GENERATE
@@ -247,7 +247,9 @@ class _Climb:
         reason = rung.missing(self.machine)
         if reason:
             return Row(rung=rung.id, status="unavailable", reason=reason)
-        job = msgspec.structs.replace(self.job, rung=rung.id)
+        # What is asked for by name is measured however slow it looks; so is what may take less memory.
+        gated = not self.wish.rungs and self.wish.objective != "memory"
+        job = msgspec.structs.replace(self.job, rung=rung.id, layer_first=gated)
         built = perf_counter()
         try:
             if rung.engine != "torch":

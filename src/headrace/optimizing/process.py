@@ -167,8 +167,8 @@ class Process:
         last = lines[-1] if lines else ""
         if code == SAID and last.startswith("["):
             kind, message, field, hint, _ = said = json.loads(last)
-            if kind == "unavailable":
-                return Failed("unavailable", f"{message}: {hint}" if hint else message, said)
+            if kind in ("unavailable", "not_faster"):
+                return Failed(kind, f"{message}: {hint}" if hint else message, said)
             return Failed("build_failed", f"{field}: {message}" if field else message, said)
         if code < 0:
             perhaps = ", perhaps by the system for want of memory" if code == -signal.SIGKILL else ""

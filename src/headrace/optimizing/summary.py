@@ -171,7 +171,8 @@ def missing(report: Report) -> dict[str, list[str]]:
 
 
 def failed(report: Report) -> list[Row]:
-    return [row for row in report.rows if row.status in _FAILED]
+    """Rungs without a measurement, and not for want of something to install."""
+    return [row for row in report.rows if row.status in _FAILED or (row.status == "not_faster" and not row.cells)]
 
 
 def control(report: Report) -> str:

@@ -215,8 +215,11 @@ class MemoryDiff:
 
 
 def _place(frames: list[tuple[str, int]]) -> tuple[str, int] | None:
-    """The innermost of the user's, else the innermost, of frames that begin with the oldest; ``None`` for our own."""
-    if not frames or frames[-1][0].startswith(_OWN_FILES):
+    """The innermost of the user's, else the innermost, of frames that begin with the oldest; ``None`` for our own.
+
+    Any of several frames may be this file's: what `memory_usage` keeps is allocated by Python's own library.
+    """
+    if not frames or frames[-1][0].startswith(_OWN_FILES) or any(file == __file__ for file, _ in frames):
         return None
     if len(frames) == 1:
         return frames[0]
