@@ -20,19 +20,23 @@ install: $(VENV)/.installed
 up: install
 	@exec $(BIN)/headrace up $(ARGS)
 
-# What does not look at the time runs two files at once; the rest has the machine to itself.
-SIDE_BY_SIDE := tests/test_house.py tests/unit tests/contract tests/property $(addprefix tests/processes/test_, \
-  promtool.py doctor.py lint.py leak.py artifacts.py optimize.py)
-# Profiles and ladders of whole programs: judged by time, and too long for every change. `make soak` runs them.
-BY_TIME := $(addprefix tests/processes/test_, sampler.py tracing.py profile.py diagnosis.py live_profile.py compare.py \
-  flame.py rungs.py language.py)
+# Tests of processes: some look at the time and have the machine to themselves; whole ladders and all planted programs are
+# too long for every change, as is what is marked `long` (`make soak` has both). All others run two files at once, those
+# that take minutes first.
+processes = $(addprefix tests/processes/test_,$(addsuffix .py,$(1)))
+ALONE  := $(call processes,alerts compare flame live_profile overload profile reload sampler survival tasks_failures \
+  tracing)
+SOAK   := $(call processes,diagnosis language rungs)
+FIRST  := $(call processes,artifacts optimize leak demo security dashboards)
+OTHERS := $(filter-out $(ALONE) $(SOAK) $(FIRST),$(wildcard tests/processes/test_*.py))
 
 test: $(VENV)/.installed-dev check
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(SIDE_BY_SIDE) $(BY_TIME))
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" \
+	  $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
+	$(BIN)/python -m pytest -m "not long" $(ALONE) tests/chaos
 endif
 
 check: $(VENV)/.installed-dev
@@ -45,7 +49,8 @@ soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/chaos/chaos.py --seconds 600 --seed $(or $(SEED),3) --out benchmarks/results/chaos-latest.json
 	$(BIN)/python tests/chaos/task_chaos.py --agents 60 --steps 10 --kill-every 2 --seed $(or $(SEED),3) \
 	  --out benchmarks/results/task-chaos-latest.json
-	$(BIN)/python -m pytest $(BY_TIME)
+	$(BIN)/python -m pytest $(SOAK)
+	$(BIN)/python -m pytest -m long tests
 	@set -e; for seed in 1 2 3 4 5 6 7 8 9 10; do echo "round $$seed"; \
 	  $(BIN)/python -m pytest -q --hypothesis-seed=$$seed tests/property tests/processes/test_survival.py $(ARGS); done
 

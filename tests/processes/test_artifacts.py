@@ -182,6 +182,7 @@ def test_where_nothing_is_left_the_server_says_why_and_ends(quantised: Path, sma
         assert "ready:" not in done.stdout
 
 
+@pytest.mark.long
 def test_an_exported_program_is_a_target_and_becomes_an_artifact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def classified(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_classifier_is_as_sure_of_the_same_labels(classified: Path, tmp_path: Path) -> None:
     out = classified / "model.hr"
     report = json.loads((out / "report.json").read_bytes())

@@ -211,7 +211,7 @@ def test_weights_alone_are_quantised_of_language_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("rung", ["aot", "torch-int8-static"])
+@pytest.mark.parametrize("rung", [pytest.param("aot", marks=pytest.mark.long), "torch-int8-static"])
 def test_a_package_is_loaded_as_it_is_and_answers(rung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if rung == "torch-int8-static":
         pytest.importorskip("torchao")

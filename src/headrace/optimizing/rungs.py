@@ -201,8 +201,9 @@ _ON_CPU = [
 ]
 _ON_CUDA = [
     *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
-    *("bf16+graphs", "bf16+compile+graphs", "varlen", "varlen+compile", "bf16+aot", "fp8", "torchao-int8+compile"),
-    *("torchao-int4", "nf4", "ort", "tensorrt"),
+    *("bf16+graphs", "bf16+compile+graphs", "varlen", "varlen+compile", "bf16+aot", "torchao-int8+compile"),
+    # 8-bit floats last: on an H100 with torch 2.11 they were not compiled within 150 s.
+    *("torchao-int4", "nf4", "ort", "tensorrt", "fp8"),
 ]
 
 
