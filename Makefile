@@ -24,7 +24,7 @@ up: install
 # too long for every change, as is what is marked `long` (`make soak` has both). All others run two files at once, those
 # that take minutes first.
 processes = $(addprefix tests/processes/test_,$(addsuffix .py,$(1)))
-ALONE  := $(call processes,alerts compare flame live_profile overload profile reload sampler survival tasks_failures \
+ALONE  := $(call processes,alerts compare flame live_profile overload predict profile reload sampler survival tasks_failures \
   tracing)
 SOAK   := $(call processes,diagnosis language rungs)
 FIRST  := $(call processes,artifacts optimize leak demo security dashboards)

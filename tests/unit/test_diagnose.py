@@ -159,7 +159,7 @@ def test_a_hot_spot_is_named_by_its_hottest_line() -> None:
     (finding,) = run.found()
     assert (finding.code, finding.file, finding.line, finding.severity) == ("cpu_hot_spot", "app.py", 9, "warning")
     assert finding.share == pytest.approx(0.3)
-    assert "30% of the samples" in finding.evidence
+    assert "30% of the time in " in finding.evidence
 
 
 @pytest.mark.parametrize(("seconds", "codes"), [(2.0, ["cpu_hot_spot"]), (1.9, [])])

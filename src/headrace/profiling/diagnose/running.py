@@ -121,7 +121,9 @@ def _hot_finding(record: Record, each: Hot) -> Explained:
     frame, spot = record.frames[each.spot.frame], each.spot
     calls = next((call.calls for call in record.calls if call.frame == spot.frame), 0)
     counted = f", called {times(calls)}" if calls else ""
-    seen = f"{percent(each.sampled)} of the samples ({spot.samples})" if each.sampled is not None else "not sampled"
+    seen = (
+        f"{percent(each.sampled)} of the time in {spot.samples} samples" if each.sampled is not None else "not sampled"
+    )
     by_trace = f", {percent(each.traced)} of the traced time" if each.traced is not None else ""
     doubt = _doubt(each)
     return Explained(
