@@ -120,9 +120,19 @@ def optimize(
         cap_bytes=cap_bytes,
         effort=effort,
     )
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the ladder's processes end with it
     try:
-        found = run(wish, out, resume=resume, tell=lambda row: print(report.live(row), file=sys.stderr, flush=True))
+        found = run(
+            wish,
+            out,
+            resume=resume,
+            tell=lambda row: progress(report.live(row)),
+            foresee=lambda predicted: progress(report.foreseen(predicted)),
+        )
     except KeyboardInterrupt:
         if out is not None:
             click.echo("\nheadrace: interrupted; --resume goes on from what was found until now", err=True)

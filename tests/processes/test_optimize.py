@@ -269,3 +269,17 @@ def test_an_option_that_cannot_be_is_said_before_anything_is_loaded(tmp_path: Pa
     assert (done.returncode, "no rung 'nf5'" in done.stderr) == (2, True), done.stderr
     done = optimize("ladder_models:Rows", "--samples", file, "--resume")
     assert (done.returncode, "give --out DIR" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """There are no weights at all: what is looked at is the configuration."""
+    sizes = {"hidden_size": 8192, "num_hidden_layers": 2000, "num_attention_heads": 64, "vocab_size": 128256}
+    described = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": 28672, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    done = optimize(str(tmp_path), "--samples", samples(tmp_path, *[{"input": "a text"}] * 8), "--rungs", "bf16,nf4")
+    assert done.returncode != 0
+    told = " ".join(done.stderr.split())
+    assert "parameters, weights in memory about: fp32 7.09 TiB; bf16 3.54 TiB; nf4 940 GiB" in told
+    assert "more than the cap of" in told
+    assert "raise --cap-bytes" in told
+    assert "Traceback" not in told

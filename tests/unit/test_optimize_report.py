@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.optimizing import drift, plot, report, summary
-from headrace.optimizing.words import STATUSES, Cell, Noise, Report, Row
+from headrace.optimizing.words import STATUSES, Cell, Noise, Predicted, Report, Row
 
 HOSTILE = '</title><script src="https://evil.example/x.js">alert(1)</script>\x1b[2J\n| `a` __b__ & <img onerror=x>\x00'
 BUDGET = {"cos_mean": 0.99, "spearman": 0.985}
@@ -200,6 +200,12 @@ MEASURES = st.sampled_from(["cos_mean", "spearman", "kl_mean", "not_finite", "a_
 WHOLE = st.integers(0, 2**62)
 
 
+def any_cells() -> st.SearchStrategy[Cell]:
+    maybe = st.none() | FLOATS
+    pair = st.tuples(FLOATS, FLOATS)
+    return st.builds(Cell, WHOLE, FLOATS, pair, FLOATS, FLOATS, FLOATS, FLOATS, WHOLE, maybe, maybe, maybe)
+
+
 @st.composite
 def any_rows(draw: st.DrawFn) -> Row:
     pair = st.tuples(FLOATS, FLOATS)
@@ -219,7 +225,7 @@ def any_rows(draw: st.DrawFn) -> Row:
         draw(st.none() | WHOLE),
         draw(st.none() | WHOLE),
         draw(st.none() | WHOLE),
-        draw(st.lists(st.builds(Cell, WHOLE, FLOATS, pair, FLOATS, FLOATS, FLOATS, FLOATS, WHOLE), max_size=2)),
+        draw(st.lists(any_cells(), max_size=2)),
     )
 
 
@@ -231,6 +237,7 @@ def any_ladders(draw: st.DrawFn) -> Report:
         chosen=draw(st.sampled_from([row.rung for row in rows])),
         objective=draw(st.sampled_from(["latency", "throughput", "memory"])),
         budget=draw(st.dictionaries(MEASURES, FLOATS, max_size=3)),
+        task=draw(st.sampled_from(["embed", "generate"])),
         target=draw(NAMES),
     )
 
@@ -249,6 +256,76 @@ def test_progress_says_what_became_of_a_rung() -> None:
     ok, failed = report.live(ROWS[2]), report.live(ROWS[9])
     assert " ".join(ok.split()) == "ort ok 2.50× [2.38, 2.62], p50 4 ms, 250 items/s"
     assert failed.split(maxsplit=2) == ["aot", "build_failed", "RuntimeError: no C++ compiler"]
+
+
+# ── language models ──
+
+
+def written(rung: str, status: str, p50: float, tokens: float, bound: float | None, **more: Any) -> Row:
+    row = measured(rung, status, p50, 1.0, drift={} if status == "baseline" else {"kl_mean": 0.001}, **more)
+    cells = [
+        msgspec.structs.replace(
+            cell,
+            prefill_ms=p50 / 4 * cell.batch,
+            tokens_per_s=tokens * cell.batch,
+            share_of_bandwidth=None if bound is None else bound / cell.batch,
+        )
+        for cell in row.cells
+    ]
+    return msgspec.structs.replace(row, cells=cells)
+
+
+def writing(objective: str = "latency", bound: float | None = 0.51) -> Report:
+    batch = 1 if objective == "latency" else 8
+    base = written("fp32", "baseline", 200.0, 109, 0.15, speedup=1.0, speedup_ci=(1.0, 1.0), batch=batch)
+    rows = [base, written("bf16+kv-static", "ok", 20.0, 758, bound, batch=batch), ROWS[6]]
+    more = {"chosen": "bf16+kv-static", "budget": {"kl_mean": 0.02}, "target": "small-llama"}
+    return ladder(rows, task="generate", objective=objective, **more)
+
+
+def test_the_table_of_a_language_model_says_how_it_writes() -> None:
+    lines = report.as_table(writing()).splitlines()
+    head = "rung status speed-up tokens/s first ms of bound kl_mean over budget size build"
+    assert " ".join(lines[0].split()) == head
+    assert lines[1].split()[:6] == ["fp32", "baseline", "1×", "109", "50", "15"]
+    assert "0.50× [0.47, 0.53]" in lines[2]
+    assert lines[2].split()[5:9] == ["758", "5", "51", "%"]
+    assert "at 1 texts a call" not in "".join(lines)
+    assert "at 1 text a call; tokens/s: after the first one" in " ".join(lines)
+
+
+def test_the_tokens_are_those_of_the_objectives_batch() -> None:
+    lines = report.as_table(writing("throughput")).splitlines()
+    assert lines[2].split()[5:9] == ["6064", "40", "6.38", "%"]
+    assert "at 8 texts a call" in " ".join(lines)
+
+
+def test_progress_says_how_a_language_model_writes() -> None:
+    told = " ".join(report.live(writing().rows[1]).split())
+    assert told == "bf16+kv-static ok 0.50× [0.47, 0.53], 758 tokens/s, first 5 ms, 51 % of bound"
+    told = report.live(writing(bound=None).rows[1])
+    assert told.endswith("758 tokens/s, first 5 ms")
+
+
+def test_markdown_and_the_page_say_how_it_writes_at_each_batch_size() -> None:
+    text = report.as_markdown(writing())
+    assert table_of(text, "# headrace optimize")[0][3:6] == ["tokens/s", "first ms", "of bound"]
+    cells = table_of(text, "## By batch size")
+    assert cells[0][7:10] == ["tokens/s", "first ms", "of bound"]
+    assert [line[7:10] for line in cells[4:]] == [["758", "5", "51 %"], ["6064", "40", "6.38 %"]]
+    page = " ".join(Page(report.as_html(writing())).text)
+    for told in ("tokens/s", "first ms", "of bound", "51 %", "6.38 %", "until the first token of all"):
+        assert told in page
+        assert told not in " ".join(Page(report.as_html(ladder())).text)
+    assert "tokens/s" not in report.as_markdown(ladder()) + report.as_table(ladder())
+
+
+def test_what_was_predicted_stands_in_the_reports() -> None:
+    found = ladder(predicted=Predicted(22_700_000, {"fp32": 91 << 20, "bf16": 45 << 20}, "cpu", 8 << 30, 6 << 30))
+    told = "22.7 M parameters, weights in memory about: fp32 91 MiB; bf16 45 MiB; this machine has 8 GiB"
+    assert told in report.as_markdown(found)
+    assert told in " ".join(Page(report.as_html(found)).text)
+    assert msgspec.json.decode(report.as_json(found), type=Report) == found
 
 
 # ── numbers ──

@@ -214,6 +214,6 @@ def test_what_cannot_be_built_says_what_to_install() -> None:
     assert rungs.find("openvino").missing(CPU) == "openvino is not installed: pip install 'headrace[openvino]'"
     assert rungs.find("tf32").missing(CPU) == "runs on an NVIDIA GPU only"
     assert "VNNI" in rungs.find("torchao-int8").missing(rungs.Machine("cpu", 2, ["avx2"], {"torchao": "0.18"}))
-    assert set(rungs.usual(CPU, "embed")) >= {"ort", "torch-int8-dynamic", "tensorrt"}
-    for ident in (*rungs.usual(CPU, "embed"), *rungs.usual(rungs.Machine("cuda:0", 4, [], {}), "embed")):
+    assert set(rungs.usual("cpu", "embed")) >= {"ort", "torch-int8-dynamic", "tensorrt"}
+    for ident in (*rungs.usual("cpu", "embed"), *rungs.usual("cuda:0", "embed")):
         rungs.find(ident)

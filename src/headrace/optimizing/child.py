@@ -93,9 +93,13 @@ def main(argv: list[str]) -> int:
 
 def _prepare(job: Job, answers: Any) -> None:
     from headrace.optimizing.samples import read
+    from headrace.runners import parameters
     from headrace.runners.subject import open_subject
 
     samples = read(Path(job.samples), job.most_samples)
+    counted = None if job.instance else parameters.count(job.target, job.task)
+    # Said before anything is loaded: that may be what takes all memory.
+    tell(answers, counted=msgspec.to_builtins(counted), memory_bytes=_memory_bytes(job.device))
     opened = open_subject(job.target, job.task, samples, job.instance)
     items = [opened.prepare(sample) for sample in samples]
     work = Path(job.work)
@@ -103,6 +107,15 @@ def _prepare(job: Job, answers: Any) -> None:
     np.savez(work / ITEMS, **arrays)  # type: ignore[arg-type]  # numpy's own names for its options come first
     (work / SUBJECT).write_bytes(msgspec.json.encode(opened.subject))
     (work / MACHINE).write_bytes(msgspec.json.encode(_machine(job, opened.subject.task)))
+
+
+def _memory_bytes(device: str) -> int:
+    """Of what the weights lie in."""
+    if device == "cpu":
+        return psutil.virtual_memory().total
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _machine(job: Job, task: str) -> rungs.Machine:

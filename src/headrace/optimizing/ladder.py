@@ -21,13 +21,14 @@ from headrace import stats
 from headrace.clock import perf_counter, wall
 from headrace.config import usable_cpus
 from headrace.errors import ConfigError, Fault, LoadError, from_fault
-from headrace.optimizing import drift, measure, rungs
+from headrace.optimizing import drift, measure, predicted, rungs
 from headrace.optimizing.child import MACHINE, Items, Job
 from headrace.optimizing.comparison import Comparison
 from headrace.optimizing.process import Failed, Process, usual_cap
 from headrace.optimizing.samples import divide
-from headrace.optimizing.words import Cell, Noise, Report, Row
+from headrace.optimizing.words import Cell, Noise, Predicted, Report, Row
 from headrace.runners.opened import Instance
+from headrace.runners.parameters import Counted
 from headrace.runners.way import GENERATE
 from headrace.version import __version__
 
@@ -91,25 +92,42 @@ class Result:
     work: Path
 
 
-def climb(wish: Wish, work: Path, *, resume: bool = False, tell: Callable[[Row], None] = lambda row: None) -> Result:
+def climb(
+    wish: Wish,
+    work: Path,
+    *,
+    resume: bool = False,
+    tell: Callable[[Row], None] = lambda row: None,
+    foresee: Callable[[Predicted], None] = lambda predicted: None,
+) -> Result:
     """Try every rung.
 
     Args:
         work: directory for what is built; rows are kept there as they come.
         resume: keep the rows of an earlier climb with the same wish, but for those that ran out of time.
         tell: called with each row as it is done.
+        foresee: called before the model is loaded, where the number of its weights is known by then.
 
     Raises:
         ConfigError, LoadError, InvalidInput, Unavailable: the target or the samples cannot be used; before any rung.
     """
-    return _Climb(wish, work, resume, tell).run()
+    return _Climb(wish, work, resume, tell, foresee).run()
 
 
 class _Climb:
-    def __init__(self, wish: Wish, work: Path, resume: bool, tell: Callable[[Row], None]) -> None:
+    def __init__(
+        self,
+        wish: Wish,
+        work: Path,
+        resume: bool,
+        tell: Callable[[Row], None],
+        foresee: Callable[[Predicted], None],
+    ) -> None:
         self.wish = wish
         self.work = work
         self.tell = tell
+        self.foresee = foresee
+        self.predicted: Predicted | None = None
         self.began = perf_counter()
         self.wanted = [rungs.find(each) for each in dict.fromkeys(wish.rungs)]
         work.mkdir(parents=True, exist_ok=True)
@@ -145,7 +163,7 @@ class _Climb:
         self.job = msgspec.structs.replace(self.job, calibration=self.calibration)
         self.machine = msgspec.json.decode((self.work / MACHINE).read_bytes(), type=rungs.Machine)
         if not self.wanted:
-            self.wanted = [rungs.find(each) for each in rungs.usual(self.machine, self.subject.task)]
+            self.wanted = [rungs.find(each) for each in rungs.usual(self.machine.device, self.subject.task)]
         writing = items.subject.task == GENERATE
         rounds = _ROUNDS_OF_WRITING if writing else _ROUNDS
         rounds = {batch: max(4, round(pairs * self.wish.effort)) for batch, pairs in rounds.items()}
@@ -174,12 +192,28 @@ class _Climb:
         return Result(self._report(items, noise), self.job, self.work)
 
     def _prepare(self) -> None:
+        process = self._start("prepare", self.job)
         try:
-            self._start("prepare", self.job).finish()
+            self._predict(process.ask())
+            process.finish()
         except Failed as failed:
             if failed.said is not None:
                 raise from_fault(msgspec.convert(failed.said, Fault)) from None
             raise LoadError(f"the target cannot be read: {failed.reason}", field="target") from None
+        finally:
+            process.end()
+
+    def _predict(self, told: dict[str, Any]) -> None:
+        """Say what the weights will take, before they are loaded. Raises `LoadError` where that cannot be had."""
+        if told["counted"] is None:
+            return
+        counted = msgspec.convert(told["counted"], Counted)
+        usual = [rungs.find(each) for each in rungs.usual(self.job.device, counted.task)]
+        self.predicted = predicted.predict(
+            counted, self.wanted or usual, self.job.device, told["memory_bytes"], self.most_bytes
+        )
+        self.foresee(self.predicted)
+        predicted.check(self.predicted)
 
     def _start(self, role: str, job: Job) -> Process:
         folder = self.work / "processes" / (job.rung if role != "prepare" else role)
@@ -333,6 +367,7 @@ class _Climb:
             seconds=round(perf_counter() - self.began, 1),
             headrace=__version__,
             compared_by=self.wish.drift,
+            predicted=self.predicted,
         )
 
     def _is_done(self, ident: str) -> bool:

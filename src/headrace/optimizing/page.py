@@ -23,9 +23,9 @@ def as_html(report: Report) -> str:
             *_ladder(report),
             *_plot(report),
             *_missing(report),
-            *_cells(report.rows),
+            *_cells(report),
             *_conditions(report),
-            _READING,
+            _READING.format(writing=_writing(report)),
             "</body>\n</html>\n",
         ]
     )
@@ -47,7 +47,8 @@ def _cell(value: str, kind: str = "") -> str:
 
 def _ladder(report: Report) -> list[str]:
     measure = summary.measure_of(report.rows, report.budget)
-    numbers = ["speed-up", "p50 ms", "p95 ms", "items/s", measure or "drift", "size", "peak memory", "load", "build"]
+    pace = summary.WRITING if summary.writes(report) else ["items/s"]
+    numbers = ["speed-up", "p50 ms", "p95 ms", *pace, measure or "drift", "size", "peak memory", "load", "build"]
     rows = (_row(row, report, measure) for row in report.rows)
     return ["<h2>The ladder</h2>", *_table(["rung", "status"], numbers, rows)]
 
@@ -59,7 +60,7 @@ def _row(row: Row, report: Report, measure: str) -> str:
         summary.speed_of(row),
         summary.optional(latency.get("p50")),
         summary.optional(latency.get("p95")),
-        summary.optional(row.throughput),
+        *(summary.writing(summary.main_cell(row)) if summary.writes(report) else [summary.optional(row.throughput)]),
         drift,
         summary.size(row.size_bytes),
         summary.size(row.peak_bytes),
@@ -110,14 +111,17 @@ def _missing(report: Report) -> list[str]:
     return ["<h2>What could not be tried here</h2>\n<ul>", *rows, "</ul>"]
 
 
-def _cells(rows: Sequence[Row]) -> list[str]:
-    if not any(row.cells for row in rows):
+def _cells(report: Report) -> list[str]:
+    if not any(row.cells for row in report.rows):
         return []
-    numbers = ["items a call", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", "pairs"]
-    return ["<h2>By batch size</h2>", *_table(["rung"], numbers, (line for row in rows for line in _cells_of(row)))]
+    writes = summary.writes(report)
+    more = summary.WRITING if writes else ()
+    numbers = ["items a call", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
+    lines = (line for row in report.rows for line in _cells_of(row, writes))
+    return ["<h2>By batch size</h2>", *_table(["rung"], numbers, lines)]
 
 
-def _cells_of(row: Row) -> Iterable[str]:
+def _cells_of(row: Row, writes: bool) -> Iterable[str]:
     for index, cell in enumerate(row.cells):
         first = f'<th scope="rowgroup" rowspan="{len(row.cells)}">{_text(row.rung)}</th>' if index == 0 else ""
         alone = row.status == "baseline"
@@ -126,6 +130,7 @@ def _cells_of(row: Row) -> Iterable[str]:
             "1×" if alone else summary.speed(cell.ratio, cell.interval),
             "1×" if alone else summary.speed(cell.cpu_ratio, None),
             *(summary.number(each) for each in (cell.p50_ms, cell.p95_ms, cell.throughput)),
+            *(summary.writing(cell) if writes else ()),
             str(cell.pairs),
         ]
         yield f"<tr>{first}{''.join(_cell(each, 'number') for each in numbers)}</tr>"
@@ -141,6 +146,10 @@ def _conditions(report: Report) -> list[str]:
     ]
 
 
+def _writing(report: Report) -> str:
+    return f"<li>{_text(summary.READING_OF_WRITING)}.</li>\n" if summary.writes(report) else ""
+
+
 def _pairs(values: Mapping[str, str]) -> list[str]:
     return ["<dl>", *(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in values.items()), "</dl>"]
 
@@ -152,8 +161,8 @@ interval in brackets. The two took turns, so that what else the machine did fell
 says that there is no difference to be seen.</li>
 <li><b>p50, p95, items/s</b> are of the rung alone. Rungs were not timed at the same moment: compare them by
 speed-up.</li>
-<li><b>Drift</b> is the distance to the answers of the model as it is, on your samples. It is no accuracy: what the
-model gets wrong, a rung without drift gets wrong too.</li>
+{writing}<li><b>Drift</b> is the distance to the answers of the model as it is, on your samples. It is no accuracy:
+what the model gets wrong, a rung without drift gets wrong too.</li>
 <li><b>The control</b> is the baseline beside itself. What it is away from 1, this machine adds to any ratio.</li>
 <li><b>Size</b> is of the files, or of the weights in memory where a rung has none. <b>Load</b> comes with every
 start, <b>build</b> once.</li>

@@ -12,14 +12,14 @@ import msgspec
 from headrace.optimizing import summary
 from headrace.optimizing.page import as_html
 from headrace.optimizing.plot import pareto
-from headrace.optimizing.words import Report, Row
+from headrace.optimizing.words import Predicted, Report, Row
 
-__all__ = ["as_html", "as_json", "as_markdown", "as_table", "live", "pareto", "write"]
+__all__ = ["as_html", "as_json", "as_markdown", "as_table", "foreseen", "live", "pareto", "write"]
 
 WIDTH = 120
 _GAP = "  "
-# Of the table's columns: words, which may be cut; numbers stay whole.
-_WORDS = (0, 5, 6)
+# Columns of words may be cut, those of numbers stay whole: the first, a measure's, and this one.
+_OVER = "over budget"
 
 
 def write(report: Report, directory: Path) -> None:
@@ -33,16 +33,29 @@ def as_json(report: Report) -> str:
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
 
 
+def foreseen(predicted: Predicted) -> str:
+    """What weights will take in memory, before they are loaded."""
+    return "\n".join(line for told in summary.foreseen(predicted) for line in _wrapped(told))
+
+
 def live(row: Row) -> str:
     """One line about a rung that is done."""
     told = []
     if row.latency_ms:
-        told = [summary.speed_of(row), f"p50 {summary.optional(summary.p50(row))} ms"]
-        told.append(f"{summary.optional(row.throughput)} items/s")
+        told = [summary.speed_of(row), *_pace(row)]
     if row.reason:
         told.append(summary.plain(row.reason))
     line = f"{summary.clip(summary.plain(row.rung), 28):28}  {row.status:13}  {', '.join(told)}"
     return summary.clip(line.rstrip(), WIDTH)
+
+
+def _pace(row: Row) -> list[str]:
+    cell = summary.main_cell(row)
+    if cell is None or cell.tokens_per_s is None:
+        return [f"p50 {summary.optional(summary.p50(row))} ms", f"{summary.optional(row.throughput)} items/s"]
+    tokens, first, bound = summary.writing(cell)
+    paced = [f"{tokens} tokens/s", f"first {first} ms"]
+    return paced if cell.share_of_bandwidth is None else [*paced, f"{bound} of bound"]
 
 
 def as_table(report: Report) -> str:
@@ -55,17 +68,18 @@ def as_table(report: Report) -> str:
 
 def _head(report: Report) -> list[str]:
     measure = summary.measure_of(report.rows, report.budget) or "drift"
-    return ["rung", "status", "speed-up", "p50 ms", "items/s", summary.plain(measure), "over budget", "size", "build"]
+    pace = summary.WRITING if summary.writes(report) else ("p50 ms", "items/s")
+    return ["rung", "status", "speed-up", *pace, summary.plain(measure), _OVER, "size", "build"]
 
 
 def _row(row: Row, report: Report) -> list[str]:
     measure = summary.measure_of(report.rows, report.budget)
+    pace: tuple[str, ...] = (summary.optional(summary.p50(row)), summary.optional(row.throughput))
     return [
         summary.plain(row.rung),
         row.status,
         summary.speed_of(row) if row.latency_ms else summary.DASH,
-        summary.optional(summary.p50(row)),
-        summary.optional(row.throughput),
+        *(summary.writing(summary.main_cell(row)) if summary.writes(report) else pace),
         summary.drift_number(row.drift[measure]) if measure in row.drift else summary.DASH,
         summary.plain(summary.worst(row, report.budget)),
         summary.size(row.size_bytes),
@@ -76,8 +90,9 @@ def _row(row: Row, report: Report) -> list[str]:
 def _fit(rows: Sequence[Sequence[str]]) -> list[int]:
     """Widths of the columns; the widest words are cut until a line fits."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    over = rows[0].index(_OVER)
     while sum(widths) + len(_GAP) * (len(widths) - 1) > WIDTH:
-        widest = max(_WORDS, key=lambda column: widths[column])
+        widest = max((0, over - 1, over), key=lambda column: widths[column])
         widths[widest] -= 1
     return widths
 
@@ -85,11 +100,14 @@ def _fit(rows: Sequence[Sequence[str]]) -> list[int]:
 def _align(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
     for column, (value, width) in enumerate(zip(row, widths, strict=True)):
         value = summary.clip(value, width)
-        yield value.ljust(width) if column in (0, 1, 6) else value.rjust(width)
+        # What is over budget stands before the last two.
+        yield value.ljust(width) if column in (0, 1, len(row) - 3) else value.rjust(width)
 
 
 def _notes(report: Report) -> Iterator[str]:
     yield from _wrapped(summary.plain(summary.choice(report)))
+    if summary.writes(report) and (batch := summary.row_of(report, report.baseline).batch):
+        yield from _wrapped(f"at {batch} text{'s' * (batch != 1)} a call; {summary.READING_OF_WRITING}")
     yield from _wrapped(f"budget of drift, {report.preset}: {summary.plain(summary.bounds(report.budget))}")
     yield from _wrapped(f"control: {summary.control(report)}")
     for row in summary.failed(report):
@@ -115,22 +133,26 @@ def as_markdown(report: Report) -> str:
     if len(front) > 1:
         lines += [f"No rung is both faster and nearer to the model as it is than these: {_mark(', '.join(front))}.", ""]
     if any(row.cells for row in report.rows):
-        lines += ["## By batch size", "", *_cells(report.rows), ""]
+        lines += ["## By batch size", "", *_cells(report), ""]
     lines += ["## Conditions", "", *(f"- {name}: {_mark(value)}" for name, value in summary.conditions(report))]
     environment = ((name, summary.environment(value)) for name, value in report.environment.items())
     return "\n".join([*lines, *(f"- {_mark(name)}: {_mark(value)}" for name, value in environment), ""])
 
 
-def _cells(rows: Sequence[Row]) -> list[str]:
-    head = ["rung", "items a call", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", "pairs"]
+def _cells(report: Report) -> list[str]:
+    more = summary.WRITING if summary.writes(report) else ()
+    head = ["rung", "items a call", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
     found = []
-    for row in rows:
+    for row in report.rows:
         for cell in row.cells:
             measured = (cell.p50_ms, cell.p95_ms, cell.throughput)
             ratios = [summary.speed(cell.ratio, cell.interval), summary.speed(cell.cpu_ratio, None)]
             if row.status == "baseline":
                 ratios = ["1×", "1×"]
-            found.append([row.rung, str(cell.batch), *ratios, *map(summary.number, measured), str(cell.pairs)])
+            written = summary.writing(cell) if more else ()
+            found.append(
+                [row.rung, str(cell.batch), *ratios, *map(summary.number, measured), *written, str(cell.pairs)]
+            )
     return _table(head, found)
 
 

@@ -218,11 +218,11 @@ _WRITING_ON_CUDA = [
 ]
 
 
-def usual(machine: Machine, task: str) -> list[str]:
+def usual(device: str, task: str) -> list[str]:
     """What is tried where nobody names rungs, in order."""
     if task == "generate":
-        return _WRITING_ON_CPU if machine.device == "cpu" else _WRITING_ON_CUDA
-    return _ON_CPU if machine.device == "cpu" else _ON_CUDA
+        return _WRITING_ON_CPU if device == "cpu" else _WRITING_ON_CUDA
+    return _ON_CPU if device == "cpu" else _ON_CUDA
 
 
 def find(ident: str) -> Rung:

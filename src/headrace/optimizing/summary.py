@@ -6,13 +6,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headrace.optimizing.words import Report, Row
+from headrace.optimizing.words import Cell, Predicted, Report, Row
 from headrace.runners.drift import is_error
 
 # What a task's drift is shown by, where its budget bounds it: means say more than the worst of some hundred samples.
 _TELLING = ("kl_mean", "cos_mean", "relative_error", "cos_min")
 _FAILED = ("build_failed", "crashed", "out_of_memory", "timeout")
 DASH = "–"
+# How a language model writes, and how to read that.
+WRITING = ("tokens/s", "first ms", "of bound")
+READING_OF_WRITING = (
+    "tokens/s: after the first one, of all texts; first ms: until the first token of all; of bound: of the steps that "
+    "memory could deliver, if each read the weights and nothing else"
+)
 
 
 def plain(text: str) -> str:
@@ -51,6 +57,18 @@ def size(count: int | None) -> str:
     return f"{number(value)} TiB"
 
 
+def parameters(count: int) -> str:
+    """A number of weights as people say it: 1.05 B, 22.7 M."""
+    for least, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= least:
+            return f"{number(count / least)}{unit}"
+    return str(count)
+
+
+def share(value: float | None) -> str:
+    return DASH if value is None else f"{number(value * 100)} %"
+
+
 def optional(value: float | None) -> str:
     return DASH if value is None else number(value)
 
@@ -76,6 +94,23 @@ def speed_of(row: Row) -> str:
 
 def p50(row: Row) -> float | None:
     return (row.latency_ms or {}).get("p50")
+
+
+def writes(report: Report) -> bool:
+    """Whether the report is of a language model, which is timed by the tokens that it writes."""
+    return report.task == "generate"
+
+
+def main_cell(row: Row) -> Cell | None:
+    """What was timed at the objective's batch."""
+    return next((cell for cell in row.cells if cell.batch == row.batch), None)
+
+
+def writing(cell: Cell | None) -> tuple[str, ...]:
+    """What stands under `WRITING`."""
+    if cell is None:
+        return (DASH,) * len(WRITING)
+    return optional(cell.tokens_per_s), optional(cell.prefill_ms), share(cell.share_of_bandwidth)
 
 
 def loss(measure: str, value: float) -> float:
@@ -175,6 +210,20 @@ def failed(report: Report) -> list[Row]:
     return [row for row in report.rows if row.status in _FAILED or (row.status == "not_faster" and not row.cells)]
 
 
+def foreseen(found: Predicted) -> list[str]:
+    """What weights will take, and a warning where that may be too much."""
+    rungs: dict[str, list[str]] = {}
+    for rung, count in found.weights_bytes.items():
+        rungs.setdefault(size(count), []).append(plain(rung))
+    has = f"{'this machine' if found.device == 'cpu' else found.device} has {size(found.memory_bytes)}"
+    each = "; ".join(f"{', '.join(names)} {told}" for told, names in rungs.items())
+    lines = [f"{parameters(found.parameters)} parameters, weights in memory about: {each}; {has}"]
+    twice = 2 * max(found.weights_bytes.values())
+    if twice > found.memory_bytes:
+        lines.append(f"warning: two processes hold the model at a time, about {size(twice)} where {has}")
+    return lines
+
+
 def control(report: Report) -> str:
     """What the machine itself adds to a ratio."""
     noise = report.noise
@@ -200,6 +249,8 @@ def conditions(report: Report) -> Iterator[tuple[str, str]]:
     if report.compared_by:
         yield "drift measured by", plain(report.compared_by)
     yield "samples", ", ".join(f"{name} {value:g}" for name, value in report.samples.items())
+    if report.predicted is not None:
+        yield "predicted memory", "; ".join(foreseen(report.predicted))
     yield "control", control(report)
     yield "ladder took", f"{report.seconds:.0f} s"
     yield "headrace", report.headrace

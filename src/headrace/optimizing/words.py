@@ -91,6 +91,22 @@ class Noise(msgspec.Struct, frozen=True):
     noisy: bool
 
 
+class Predicted(msgspec.Struct, frozen=True):
+    """Memory for the weights alone, from their number, before any of them is loaded.
+
+    Args:
+        parameters: numbers in all weights.
+        weights_bytes: by rung, about; of those that were to be tried and of the baseline, which comes first.
+        memory_bytes: of the device, a GPU's own where it is one; ``cap_bytes``: what a process may use.
+    """
+
+    parameters: int
+    weights_bytes: dict[str, int]
+    device: str
+    memory_bytes: int
+    cap_bytes: int
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """A whole ladder.
 
@@ -104,6 +120,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         seconds: the whole ladder took.
         headrace: version.
         compared_by: function of the user's that has measured drift; empty where the task's own measures were taken.
+        predicted: ``None`` where the number of weights was not known before they were loaded.
     """
 
     baseline: str
@@ -120,3 +137,4 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     headrace: str
     compared_by: str = ""
+    predicted: Predicted | None = None

@@ -151,16 +151,31 @@ def open_huggingface(config: ModelConfig, device: str) -> Loaded:
 def load_model(files: Files, task: str, target: str, **options: Any) -> Any:
     """The directory's model for a task, in float32, for inference. Raises `LoadError`."""
     import torch
-    import transformers
 
-    kind = {"embed": transformers.AutoModel, "generate": transformers.AutoModelForCausalLM}.get(
-        task, transformers.AutoModelForSequenceClassification
-    )
+    kind = _auto_class(task)
     try:
         model = kind.from_pretrained(files.directory, trust_remote_code=False, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise LoadError(f"cannot load {target}: {error}", field="target") from error
     return model.eval()
+
+
+def empty_model(files: Files, task: str) -> Any:
+    """The directory's model with all its layers and no weights: its tensors have shapes and no memory."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(files.directory, trust_remote_code=False)
+    with torch.device("meta"):
+        return _auto_class(task).from_config(config, trust_remote_code=False)
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    return {"embed": transformers.AutoModel, "generate": transformers.AutoModelForCausalLM}.get(
+        task, transformers.AutoModelForSequenceClassification
+    )
 
 
 def text_spec(files: Files, model: Any, task: str, max_tokens: int) -> TextSpec:

@@ -141,7 +141,8 @@ def bytes_of(module: Any) -> int:
     module = getattr(module, "_orig_mod", module)
     total = sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
     for part in module.modules():
-        if hasattr(part, "_weight_bias"):  # packed weights of quantize_dynamic's linear layers, which are no parameters
+        # Packed weights of quantize_dynamic's layers are no parameters; a layer and its one part both give them.
+        if hasattr(part, "_weight_bias") and not isinstance(part._packed_params, torch.nn.Module):
             total += sum(_bytes(tensor) for tensor in part._weight_bias() if tensor is not None)
     return total
 
