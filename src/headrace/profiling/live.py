@@ -24,6 +24,8 @@ THREADS = (
 )
 # With fewer samples shares mean nothing.
 _FEW = 20
+# Of a processor. What uses less is idle, whatever it does then.
+_MUCH = 0.1
 
 
 def look(seconds: float, cancelled: threading.Event) -> Record:
@@ -60,7 +62,7 @@ def look(seconds: float, cancelled: threading.Event) -> Record:
         blocks=samples.blocks,
         gil=samples.gil,
         import_s=samples.import_s,
-        notes=_notes(samples, sum(stack.seconds for stack in waiting)),
+        notes=_notes(samples, sum(stack.seconds for stack in waiting), wall_s, cpu_s),
     )
 
 
@@ -81,11 +83,17 @@ def _is(frame: Frame, places: tuple[tuple[str, str], ...]) -> bool:
     return any(frame.function == name and frame.file.endswith(end) for end, name in places)
 
 
-def _notes(samples: Samples, kept_s: float) -> list[str]:
+def _notes(samples: Samples, kept_s: float, wall_s: float, cpu_s: float) -> list[str]:
     notes = list(samples.notes)
+    seen_s, used_s = sum(stack.seconds for stack in samples.cpu), cpu_s - samples.sampling_cpu_s
+    if used_s > _MUCH * wall_s and seen_s < used_s / 2:
+        notes.append(
+            f"of {used_s:.2g} s of processor time {seen_s:.2g} s were seen: the rest are bursts of less than 5 ms, "
+            "which end before a look from inside gets its turn, or threads of C: `--pid` looks from outside"
+        )
     if samples.samples < _FEW:
         notes.append(f"only {samples.samples} looks, which is all that 1 % of a core allows: look for longer")
     left_s = sum(stack.seconds for stack in samples.waiting) - kept_s
-    if left_s > 0:
-        notes.append(f"{left_s:.3g} task-seconds are left out in which the server itself waited for something to do")
+    if left_s >= 1:
+        notes.append(f"{left_s:,.0f} task-seconds are left out in which the server itself waited for something to do")
     return notes

@@ -11,6 +11,8 @@ from contextlib import suppress
 
 # What a thread that wants the interpreter's lock waits in too, like everybody who waits for a lock.
 LOCK = "lock"
+# In no system call: it has a processor, or is to get one.
+RUNS = "running"
 _FILE = "file"
 _NUMBERS = {
     "x86_64": {
@@ -32,7 +34,7 @@ _CALLS = {number: kind for kind, numbers in _NUMBERS.get(platform.machine(), {})
 
 
 def waits_in(native_id: int) -> str | None:
-    """``socket``, ``sleep``, ``process`` or `LOCK`; empty for another call; `None` if it runs or it is not known."""
+    """``socket``, ``sleep``, ``process`` or `LOCK`; empty for another call; `RUNS`; `None` if it is not known."""
     try:
         file = os.open(f"/proc/self/task/{native_id}/syscall", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -44,7 +46,7 @@ def waits_in(native_id: int) -> str | None:
     finally:
         os.close(file)
     if len(words) < 3:
-        return None  # "running"
+        return RUNS if words == [b"running"] else None
     kind = _CALLS.get(int(words[0]), "" if _CALLS else None)
     return _kind_of_file(int(words[1], 16)) if kind == _FILE else kind
 

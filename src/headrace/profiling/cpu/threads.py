@@ -33,7 +33,7 @@ class Thread:
 
     Attributes:
         running: whether it has, or wants, a processor.
-        called: it is in a call whose name says that it waits.
+        called: it is in a call whose name says that it waits. quick: the name is also that of a method that never does.
         reason: what it waits for, if it waits.
         places: its stack, the outermost first. ``sits``: the same with the C function that it calls now, if any.
         frame: its innermost frame now; only during a look.
@@ -49,6 +49,7 @@ class Thread:
         "name",
         "native",
         "places",
+        "quick",
         "reason",
         "running",
         "sits",
@@ -68,7 +69,7 @@ class Thread:
         self.sits: tuple[int, ...] = ()
         self.reason = ""
         self.running = True
-        self.asked = self.called = False
+        self.asked = self.called = self.quick = False
         self.kernel: str | None = None
 
 
@@ -149,6 +150,7 @@ class Threads:
             calls = self._places.called_by(frame) if found else ""
             thread.reason = waits.reason(calls, ((place[n].tells, place[n].library) for n in reversed(found)))
             thread.called = waits.is_known(calls)
+            thread.quick = waits.is_quick(calls, place[found[-1]].tells if found else "")
             thread.places = tuple(found)
             thread.sits = (*found, self._places.place_of_builtin(calls)) if calls else thread.places
             thread.asked = False
@@ -164,7 +166,11 @@ class Threads:
             thread.asked = _has_not_run(thread)
             if not thread.asked:
                 thread.kernel = None
-        if thread.kernel not in (None, kernel.LOCK):
+        if thread.kernel == kernel.RUNS:
+            thread.running = True  # others have the processor, on a busy machine
+        elif thread.quick and thread.kernel == kernel.LOCK:
+            thread.running = False  # had it wanted the interpreter's lock, asking would have let it run
+        elif thread.kernel not in (None, kernel.LOCK):
             thread.reason, thread.running = thread.kernel or "", False
         elif thread.still_s > 0.0:
             # It may want the interpreter's lock: unless that was free, or it would have had it by now.
@@ -183,9 +189,9 @@ def _waits(thread: Thread, gap: float) -> bool | None:
     """Whether a thread waits; `None` if its stack does not tell."""
     used = thread.used
     if used is None:
-        return thread.reason in _CERTAIN
+        return thread.reason in _CERTAIN and not thread.quick
     if thread.reason and thread.called:
-        return used <= _WORKED * gap
+        return False if used > _WORKED * gap else None if thread.quick else True
     if thread.reason and used <= _WORKED_INSIDE * gap:
         return True
     return False if used > _HARDLY * gap else None

@@ -27,6 +27,8 @@ _BY_NAME = {
     "loop": "run_forever run_until_complete",
 }
 _NAMES = {name: kind for kind, names in _BY_NAME.items() for name in names.split()}
+# Far more often those of methods that never wait: of a dictionary, of a string.
+_QUICK = {"get", "join", "wait", "result"}
 
 # Functions that say it better than what they call. The end of the file, then how the qualified name begins.
 _FUNCTIONS: list[tuple[str, str, str]] = [
@@ -106,6 +108,11 @@ def told_by(file: str, function: str) -> str:
 def is_known(calls: str) -> bool:
     """Whether a function of C with this name waits, as far as a name says."""
     return calls in _NAMES
+
+
+def is_quick(calls: str, tells: str) -> bool:
+    """Whether such a name says little, unless the function that calls it tells that it waits."""
+    return calls in _QUICK and not tells
 
 
 def reason(calls: str, outwards: Iterable[tuple[str, bool]]) -> str:

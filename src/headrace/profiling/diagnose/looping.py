@@ -75,7 +75,12 @@ def _mine(record: Record, block: Block) -> list[int]:
 
 
 def _others_wait(record: Record, root: int) -> bool:
-    """Whether tasks waited beside the one that this function is the start of."""
+    """Whether tasks waited beside the one that this function is the start of.
+
+    In a server somebody always does: of its own tasks (leases, connections) a live look just keeps no waits.
+    """
+    if record.attached:
+        return True
     roots: dict[str, set[int]] = defaultdict(set)
     for stack in record.waiting:
         if of_task(record, stack) and stack.seconds >= BLOCK_S:

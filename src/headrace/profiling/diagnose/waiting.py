@@ -30,6 +30,8 @@ _CLIENTS = re.compile(
     r"[/\\](httpx|httpcore|aiohttp|requests|urllib3?|asyncpg|psycopg\w*|redis|pymongo|motor|grpc|botocore|openai|"
     r"aiomysql|sqlalchemy)[/\\]"
 )
+# A step of an agent's own: that it is written down is not what the agent waits for, and nothing it could ask otherwise.
+_STEPS = re.compile(r"[/\\]headrace[/\\]tasks[/\\]")
 _WHY = {
     "socket": (
         "io_wait",
@@ -154,7 +156,7 @@ def _known(record: Record) -> list[Stack]:
         stack
         for stack in record.waiting
         if stack.waits_for in _WHY and users(record, stack) >= 0 and not on_loop(record, stack)
-        if not for_room(record, stack) and not _serves(record, stack)
+        if not for_room(record, stack) and not _serves(record, stack) and not _journals(record, stack)
         if not (serving and _waits_for_callers(record, stack))
     ]
 
@@ -163,6 +165,12 @@ def _serves(record: Record, stack: Stack) -> bool:
     return any(
         _SERVES.search(record.frames[frame].function) for frame in stack.frames if record.frames[frame].kind != "user"
     )
+
+
+def _journals(record: Record, stack: Stack) -> bool:
+    """Whether it waits for the store of tasks, and not in a function of the user's that is a step."""
+    inner = stack.frames[users(record, stack) + 1 :]
+    return any(_STEPS.search(record.frames[frame].file) for frame in inner)
 
 
 def _waits_for_callers(record: Record, stack: Stack) -> bool:
