@@ -236,6 +236,25 @@ def test_every_sample_counts_for_the_time_since_the_one_before() -> None:
     assert sum(stack.seconds for stack in seen.cpu if stack.owner == "MainThread") == pytest.approx(seen.seconds)
 
 
+def test_with_a_shorter_switch_interval_short_bursts_are_seen() -> None:
+    """Each ends in a wait, before whoever looks from inside would usually get its turn."""
+
+    async def bursts() -> None:
+        until = perf_counter() + 0.8
+        while perf_counter() < until:
+            spin(0.002)
+            await asyncio.sleep(0.002)
+
+    usual = sys.getswitchinterval()
+    with sampled(switch_s=0.0002) as found:
+        asyncio.run(bursts())
+    (seen,) = found
+    assert sys.getswitchinterval() == usual
+    assert seen.gil is not None
+    assert seen.gil.switch_s == 0.0002
+    assert seconds(seen, seen.cpu, "spin") > 0.1
+
+
 # Tasks.
 
 

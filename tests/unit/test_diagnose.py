@@ -447,6 +447,8 @@ def test_threads_that_take_turns_are_told_with_the_numbers() -> None:
         (Gil(1.5, 0.004, 0.4), 10.0, True),
         (Gil(1.4, 0.005, 0.4), 10.0, False),
         (Gil(3.0, 0.0039, 0.9), 10.0, False),
+        (Gil(2.0, 0.00047, 1.0, 0.0002), 10.0, True),  # a live look: turns are shorter then
+        (Gil(2.0, 0.0001, 1.0, 0.0002), 10.0, False),
         (Gil(3.0, 0.020, 0.39), 10.0, False),
         (Gil(3.0, 0.020, 0.9), 14.0, False),  # side by side outside the interpreter
     ],

@@ -93,13 +93,15 @@ class Gil(msgspec.Struct, frozen=True):
 
     Args:
         runnable: mean number of threads that had a running stack, over the samples.
-        late_s: median of how late a thread that only sleeps was woken; the switch interval is 0.005 s.
+        late_s: median of how late a thread that only sleeps was woken.
         shares: of the time with at least two runnable threads, 0 to 1.
+        switch_s: the interpreter's switch interval meanwhile.
     """
 
     runnable: float
     late_s: float
     shares: float
+    switch_s: float = 0.005
 
 
 class Child(msgspec.Struct, frozen=True):

@@ -7,7 +7,11 @@
 
 It may run in a live server: it keeps to its budget by looking less often, draws some of many tasks, and changes nothing
 but that a busy event loop gets one empty callback for a look. What it does not see: functions of C by their own name,
-other processes, and threads that run no Python.
+other processes, threads that run no Python, and what runs for less than the switch interval between two waits.
+
+That last is because it needs the interpreter's lock to look. Whoever runs Python gives the lock up when it begins to
+wait, or after the switch interval, 5 ms, at the latest: of handlers that take 2 ms nothing but the end is ever seen.
+With `switch_s` the interval is shorter for as long as the sampler runs.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import _thread
 import os
 import random
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -37,7 +42,8 @@ MOST_HZ = 100.0
 _JITTER = 0.2
 _LONGEST_PAUSE_S = 1.0
 _KEPT_LATENESS = 10_000
-_PROMPT_S = 0.001
+# Of the switch interval. Who is woken later asks the kernel why.
+_PROMPT = 0.2
 _IMPORTING = ("<frozen importlib._bootstrap>", "_find_and_load")
 
 
@@ -73,6 +79,8 @@ class Sampler:
         credit_s: processor time that it may take before the budget counts. Everything is seen for the first time then,
             which takes longest; without it little is seen of a second.
         skipped: identifiers of threads that are not looked at; its own is added.
+        switch_s: the switch interval meanwhile, if it is longer now; see above. Threads that compute in Python at once
+            take turns that much more often.
         on_look: called after each look, on the sampler's thread and from its budget; it may say after how many seconds
             it wants to be called again, if that is sooner.
 
@@ -89,6 +97,7 @@ class Sampler:
         credit_s: float = 0.0,
         places: Places | None = None,
         skipped: set[int] | None = None,
+        switch_s: float | None = None,
         on_look: Callable[[Mapping[int, Thread], float], float | None] | None = None,
     ) -> None:
         if not 0 < budget <= 1:
@@ -99,6 +108,7 @@ class Sampler:
             raise ConfigError("no time is left to look", field="seconds")
         self._budget, self._shortest_s, self._most_s = budget, 1 / rate_hz, seconds
         self._credit_s = credit_s
+        self._switch_s = switch_s
         self.places = places or Places()
         self._on_look = on_look
         self._cpu, self._waiting = Tally(), Tally()
@@ -106,7 +116,7 @@ class Sampler:
         self._threads = Threads(self.places, self._skipped)
         self._awaits = Awaits(self.places, self._waiting)
         self._loops = Loops(self.places)
-        self._late = _Late()
+        self._late = _Late(sys.getswitchinterval())
         self._draw = random.Random()
         self._began = self._last = self._spent_s = 0.0
         self._samples = self._runnable = 0
@@ -139,7 +149,8 @@ class Sampler:
         seconds = self._last - self._began
         gil = None
         if self._samples:
-            gil = Gil(self._runnable / self._samples, self._late.median(), self._crowded_s / seconds)
+            crowded = self._crowded_s / seconds
+            gil = Gil(self._runnable / self._samples, self._late.median(), crowded, self._late.switch_s)
         return Samples(
             frames=list(self.places.frames),
             cpu=cpu,
@@ -156,12 +167,18 @@ class Sampler:
 
     def _run(self) -> None:
         self._skipped.add(_thread.get_ident())
+        usual_s = sys.getswitchinterval()
         try:
+            if self._switch_s is not None and self._switch_s < usual_s:
+                sys.setswitchinterval(self._switch_s)
+                self._late = _Late(self._switch_s)
             self._look_until_woken()
         except Exception as error:  # the program must not suffer for it
             place = traceback.extract_tb(error.__traceback__)[-1]
             self._failure = f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})"
         finally:
+            if self._late.switch_s < usual_s:
+                sys.setswitchinterval(usual_s)
             self._loops.end(clock.perf_counter())
             self._ended.release()
 
@@ -221,9 +238,14 @@ class _Late:
     """How late the sampler's own thread is woken, for want of the interpreter's lock and not of a processor.
 
     The kernel says how long the thread stood in the queue for a processor; the rest is the lock.
+
+    Args:
+        switch_s: the switch interval meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, switch_s: float) -> None:
+        self.switch_s = switch_s
+        self._prompt_at_most_s = _PROMPT * switch_s
         self._seconds: list[float] = []
         self._file = -1
         self._queued_s = self._prompt_s = 0.0
@@ -235,7 +257,7 @@ class _Late:
 
     def note(self, late_s: float) -> None:
         """Of the look that has just ended. (Not before it: asking the kernel lets others run.)"""
-        if late_s < _PROMPT_S:
+        if late_s < self._prompt_at_most_s:
             self._prompt_s += late_s
         else:
             # What it stood in the queue since it was asked last, less what is known of the times between.

@@ -10,10 +10,11 @@ from headrace.profiling.diagnose.once import once
 from headrace.profiling.diagnose.view import enough, place, spots, users
 from headrace.profiling.record import Record, Stack
 
-SWITCH_S = 0.005
-# Whoever wakes must wait a switch interval for whoever computes in Python. Where threads compute outside the
-# interpreter it wakes at once, so this tells the two apart; how many want to run, the threads' own clocks tell.
-LATE_S = 0.8 * SWITCH_S
+# Of the switch interval. Whoever wakes must wait as long for whoever computes in Python. Where threads compute outside
+# the interpreter it wakes at once, so this tells the two apart; how many want to run, the threads' own clocks tell.
+LATE = 0.8
+# Any wake-up takes 0.1 ms.
+_LEAST_LATE_S = 0.0003
 _SHARE = 0.4
 _RUNNABLE = 1.5
 # More, and they run side by side outside the interpreter. It can be less than one: the machine may be busy, and that
@@ -30,7 +31,9 @@ _ROOM = re.compile(r"Semaphore\.")
 def contention(record: Record) -> list[Claim]:
     """Several threads want to run Python and one processor's worth is done, with every wake-up late."""
     gil = record.gil
-    if gil is None or not enough(record) or gil.late_s < LATE_S or gil.shares < _SHARE or gil.runnable < _RUNNABLE:
+    if gil is None or not enough(record) or gil.shares < _SHARE or gil.runnable < _RUNNABLE:
+        return []
+    if gil.late_s < max(LATE * gil.switch_s, _LEAST_LATE_S):
         return []
     used = record.cpu_s / record.wall_s
     if used > _CPU_OF_WALL:
@@ -46,7 +49,7 @@ def contention(record: Record) -> list[Claim]:
         "threads take turns at running Python: together they get one processor",
         f"{gil.runnable:.1f} threads could run on average, at least two for {percent(gil.shares)} of the time, yet "
         f"{used:.2f} processors were used; a sleeping thread woke {duration(gil.late_s)} late (one busy thread: "
-        f"{duration(SWITCH_S)}); most of it in {place(record, top.frame, top.line)}",
+        f"{duration(gil.switch_s)}); most of it in {place(record, top.frame, top.line)}",
         "run the computing part in processes (`ProcessPoolExecutor`), or in a library that lets go of the GIL "
         "(NumPy, torch, the Rust tokenizers); more threads make it slower",
         record.frames[top.frame].file,
