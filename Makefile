@@ -13,7 +13,7 @@ help:
 	@echo "make test     install what the tests need, check the code, run the tests"
 	@echo "make check    lint and types only"
 	@echo "make bench    measure serving against the model's own limit, a plain batcher, LitServe and mosec"
-	@echo "make soak     the long forms: ten minutes of chaos, ten seeded rounds of what kills something"
+	@echo "make soak     the long forms: chaos, false verdicts on leaks and profiles, ladders, seeded rounds of what kills something"
 
 install: $(VENV)/.installed
 
@@ -44,11 +44,14 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 
-# The long forms: ten minutes of chaos by seed, ten seeded rounds of the property tests and of what kills something.
+# The long forms: ten minutes of chaos by seed, how often verdicts on leaks and findings are wrong, ten seeded rounds of the
+# property tests and of what kills something.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/chaos/chaos.py --seconds 600 --seed $(or $(SEED),3) --out benchmarks/results/chaos-latest.json
 	$(BIN)/python tests/chaos/task_chaos.py --agents 60 --steps 10 --kill-every 2 --seed $(or $(SEED),3) \
 	  --out benchmarks/results/task-chaos-latest.json
+	$(BIN)/python tests/leaks/soak.py --first-seed $(or $(SEED),3) --out benchmarks/results/leaks-latest.json
+	$(BIN)/python tests/profiled/soak.py --first-seed $(or $(SEED),3) --out benchmarks/results/diagnosis-latest.json
 	$(BIN)/python -m pytest $(SOAK)
 	$(BIN)/python -m pytest -m long tests
 	@set -e; for seed in 1 2 3 4 5 6 7 8 9 10; do echo "round $$seed"; \

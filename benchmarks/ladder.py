@@ -68,7 +68,7 @@ def plain(sentence: str) -> str:
     return sentence.replace("`", "").replace("**", "")
 
 
-def conditions(lines: str, name: str) -> dict[str, Any]:
+def conditions(lines: str, model: str) -> dict[str, Any]:
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?: ?")
     versions = {}
     for name in PACKAGES:
@@ -83,7 +83,7 @@ def conditions(lines: str, name: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "load_before": os.getloadavg()[0],
-        "model": name,
+        "model": model,
         "samples": f"{COUNT} sentences of this project's documents",
         "samples_sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
