@@ -20,23 +20,24 @@ install: $(VENV)/.installed
 up: install
 	@exec $(BIN)/headrace up $(ARGS)
 
-# Tests of processes: some look at the time and have the machine to themselves; whole ladders and all planted programs are
-# too long for every change, as is what is marked `long` (`make soak` has both). All others run two files at once, those
-# that take minutes first.
+# Tests of processes. Most files run two at once, those that take minutes first. What waits for leases and restarts has a
+# turn of its own, two at once; what measures has the machine to itself, and begins with what counts threads. Whole ladders
+# and all planted programs are too long for every change, as is what is marked `long` (`make soak` has both).
 processes = $(addprefix tests/processes/test_,$(addsuffix .py,$(1)))
-ALONE  := $(call processes,alerts compare flame live_profile overload predict profile reload sampler survival tasks_failures \
-  tracing)
-SOAK   := $(call processes,diagnosis language rungs)
-FIRST  := $(call processes,artifacts optimize leak demo security dashboards)
-OTHERS := $(filter-out $(ALONE) $(SOAK) $(FIRST),$(wildcard tests/processes/test_*.py))
+FIRST   := $(call processes,artifacts optimize leak demo security dashboards)
+WAITING := $(call processes,tasks_failures survival alerts reload) tests/chaos
+ALONE   := $(call processes,tracing sampler profile live_profile compare flame overload predict)
+SOAK    := $(call processes,diagnosis language rungs)
+OTHERS  := $(filter-out $(FIRST) $(WAITING) $(ALONE) $(SOAK),$(wildcard tests/processes/test_*.py))
+TWO     := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-dev check
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" \
-	  $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
-	$(BIN)/python -m pytest -m "not long" $(ALONE) tests/chaos
+	$(BIN)/python -m pytest $(TWO) -m "not long" $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
+	$(BIN)/python -m pytest $(TWO) $(WAITING)
+	$(BIN)/python -m pytest $(ALONE)
 endif
 
 check: $(VENV)/.installed-dev
