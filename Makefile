@@ -22,12 +22,12 @@ up: install
 
 # Tests of processes. Most files run two at once, those that take minutes first. What waits for leases and restarts has a
 # turn of its own, two at once; what measures has the machine to itself, and begins with what counts threads. Whole ladders
-# and all planted programs are too long for every change, as is what is marked `long` (`make soak` has both).
+# are too long for every change, as is what is marked `long` (`make soak` has both).
 processes = $(addprefix tests/processes/test_,$(addsuffix .py,$(1)))
 FIRST   := $(call processes,artifacts optimize leak demo security dashboards)
 WAITING := $(call processes,tasks_failures survival alerts reload) tests/chaos
-ALONE   := $(call processes,tracing sampler profile live_profile compare flame overload predict)
-SOAK    := $(call processes,diagnosis language rungs)
+ALONE   := $(call processes,tracing sampler diagnosis profile live_profile compare flame overload predict)
+SOAK    := $(call processes,language rungs)
 OTHERS  := $(filter-out $(FIRST) $(WAITING) $(ALONE) $(SOAK),$(wildcard tests/processes/test_*.py))
 TWO     := -n 2 --dist loadfile --no-loadscope-reorder
 

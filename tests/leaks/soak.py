@@ -405,7 +405,7 @@ def main() -> None:
         "conditions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "iterations": lengths,
             "first_seed": first,
         },

@@ -97,7 +97,11 @@ def main() -> None:
 def summarised(rows: list[dict[str, Any]]) -> dict[str, Any]:
     planted = [row for row in rows if row["program"] in runs.PLANTED]
     return {
-        "conditions": {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()},
+        "conditions": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+        },
         "planted_found_first": rate(planted, "right"),
         "planted_with_their_line": rate(planted, "line"),
         "clean_without_finding": rate([row for row in rows if row["program"] not in runs.PLANTED], "right"),
