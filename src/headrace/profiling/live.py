@@ -27,8 +27,8 @@ _FEW = 20
 # Handlers of a server take a millisecond or two, and then wait: with the usual 5 ms none of 2 ms was ever seen, with
 # this half of them or more. Two threads that compute in Python at once use 8 % more processor time meanwhile.
 _SWITCH_S = 0.0002
-# Of a processor, for the sampler's own thread: event loops that it asks and turns that are taken more often cost a fifth
-# on top, and all of it is to stay within 1 %.
+# Of a processor, for the sampler's own thread: event loops that it asks and turns that are taken more often cost a
+# fifth on top, and all of it is to stay within 1 %.
 _BUDGET = 0.008
 # Of a processor. What uses less is idle, whatever it does then.
 _MUCH = 0.1
