@@ -41,7 +41,7 @@ def trial(name: str, seed: int, record: Record) -> dict[str, Any]:
     else:
         row["right"] = first is None
     if not row["right"]:
-        row["evidence"] = [f"{each.code} {each.file}:{each.line} {each.evidence}" for each in findings]
+        row["evidence"] = [f"{each.code} {Path(each.file).name}:{each.line} {each.evidence}" for each in findings]
     return row
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace import cgroups
+from headrace.cgroups import Limits
 from headrace.errors import ConfigError
-from headrace.optimizing import drift, measure, rungs, summary
+from headrace.optimizing import drift, measure, process, rungs, summary
 from headrace.optimizing.ladder import Wish, choose, climb, judge, simplicity
 from headrace.optimizing.samples import divide, read
 from headrace.optimizing.words import Cell, Noise, Row
@@ -217,3 +221,13 @@ def test_what_cannot_be_built_says_what_to_install() -> None:
     assert set(rungs.usual("cpu", "embed")) >= {"ort", "torch-int8-dynamic", "tensorrt"}
     for ident in (*rungs.usual("cpu", "embed"), *rungs.usual("cuda:0", "embed")):
         rungs.find(ident)
+
+
+@pytest.mark.parametrize(("allowed", "there"), [(None, 8 << 30), (1 << 60, 8 << 30), (1 << 30, 1 << 30)])
+def test_in_a_container_memory_is_what_it_may_use(
+    allowed: int | None, there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8 << 30))
+    monkeypatch.setattr(cgroups, "read_limits", lambda: Limits(memory_bytes=allowed))
+    assert process.memory_bytes() == there
+    assert process.usual_cap() < there

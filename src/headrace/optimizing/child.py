@@ -20,14 +20,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 
 from headrace.artifact import Subject, processor_flags
 from headrace.clock import perf_counter
 from headrace.errors import HeadraceError, to_fault
 from headrace.optimizing import compiled, rungs
 from headrace.optimizing.orphan import end_with_parent
-from headrace.optimizing.process import SAID
+from headrace.optimizing.process import SAID, memory_bytes
 from headrace.runners import collate
 from headrace.runners.opened import Instance
 from headrace.runners.way import GENERATE, Way, of_files, of_module
@@ -112,7 +111,7 @@ def _prepare(job: Job, answers: Any) -> None:
 def _memory_bytes(device: str) -> int:
     """Of what the weights lie in."""
     if device == "cpu":
-        return psutil.virtual_memory().total
+        return memory_bytes()
     import torch
 
     return int(torch.cuda.get_device_properties(device).total_memory)
@@ -140,7 +139,7 @@ def _machine(job: Job, task: str) -> rungs.Machine:
         gpu=gpu,
         processor=processor,
         python=platform.python_version(),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory_bytes(),
         bandwidth=_bandwidth(job) if task == GENERATE else 0.0,
     )
 

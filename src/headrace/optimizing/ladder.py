@@ -21,7 +21,7 @@ from headrace import stats
 from headrace.clock import perf_counter, wall
 from headrace.config import usable_cpus
 from headrace.errors import ConfigError, Fault, LoadError, from_fault
-from headrace.optimizing import drift, measure, predicted, rungs
+from headrace.optimizing import drift, measure, predicted, rungs, summary
 from headrace.optimizing.child import MACHINE, Items, Job
 from headrace.optimizing.comparison import Comparison
 from headrace.optimizing.process import Failed, Process, usual_cap
@@ -418,7 +418,7 @@ def judge(
         if (row.peak_bytes or 0) * LEAST_GAIN < base:
             return "ok", ""
         return "not_faster", f"takes {(row.peak_bytes or 0) / max(base, 1):.2f} of the baseline's memory"
-    ratio, low, high = standing(_main_cell(row), noise)
+    ratio, low, high = standing(row, noise)
     if low > LEAST_GAIN:
         return "ok", "ranked by processor time: the machine is too busy for wall time" if noise.noisy else ""
     if ratio > LEAST_GAIN and high - low > _WIDE:
@@ -426,9 +426,11 @@ def judge(
     return "not_faster", f"{ratio:.2f} times the baseline's speed"
 
 
-def standing(cell: Cell, noise: Noise) -> tuple[float, float, float]:
-    """How many times as fast as the baseline, with its interval: by wall time, on a machine too busy for that by
-    processor time."""
+def standing(row: Row, noise: Noise) -> tuple[float, float, float]:
+    """How many times as fast as the baseline a rung was at the objective's batch, with its interval: by wall time, on a
+    machine too busy for that by processor time."""
+    cell = summary.main_cell(row)
+    assert cell is not None, "only what was timed is judged"
     scale = cell.cpu_ratio / cell.ratio if noise.noisy else 1.0
     low, high = cell.interval
     return cell.ratio * scale, low * scale, high * scale
@@ -441,15 +443,10 @@ def choose(rows: Sequence[Row], objective: str, noise: Noise) -> str:
         return rungs.BASELINE
     if objective == "memory":
         return min(fit, key=lambda row: row.peak_bytes or 0).rung
-    stand = {row.rung: standing(_main_cell(row), noise) for row in fit}
+    stand = {row.rung: standing(row, noise) for row in fit}
     _, least, _ = max(stand.values())
     equals = [rung for rung, (ratio, _, _) in stand.items() if ratio >= least]
     return min(equals, key=simplicity)
-
-
-def _main_cell(row: Row) -> Cell:
-    """The cell of the batch that the objective is about."""
-    return next(cell for cell in row.cells if cell.batch == row.batch)
 
 
 def simplicity(ident: str) -> tuple[int, int]:

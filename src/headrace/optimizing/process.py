@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import msgspec
 import psutil
 
+from headrace import cgroups
 from headrace.clock import perf_counter, sleep
 from headrace.optimizing.orphan import PARENT
 
@@ -52,9 +53,15 @@ class Work(Protocol):
     def threads(self) -> int: ...
 
 
+def memory_bytes() -> int:
+    """What there is for all processes: the machine's memory, or less where a container may use less."""
+    total = psutil.virtual_memory().total
+    return min(total, cgroups.read_limits().memory_bytes or total)
+
+
 def usual_cap() -> int:
     """Memory that a process may use where nobody says how much, in bytes."""
-    return int(psutil.virtual_memory().total * _SHARE_OF_MEMORY)
+    return int(memory_bytes() * _SHARE_OF_MEMORY)
 
 
 class Process:

@@ -108,7 +108,8 @@ class Sampler:
             raise ConfigError("no time is left to look", field="seconds")
         self._budget, self._shortest_s, self._most_s = budget, 1 / rate_hz, seconds
         self._credit_s = credit_s
-        self._switch_s = switch_s
+        self._usual_s = sys.getswitchinterval()
+        self._late = _Late(min(self._usual_s, switch_s or self._usual_s))
         self.places = places or Places()
         self._on_look = on_look
         self._cpu, self._waiting = Tally(), Tally()
@@ -116,7 +117,6 @@ class Sampler:
         self._threads = Threads(self.places, self._skipped)
         self._awaits = Awaits(self.places, self._waiting)
         self._loops = Loops(self.places)
-        self._late = _Late(sys.getswitchinterval())
         self._draw = random.Random()
         self._began = self._last = self._spent_s = 0.0
         self._samples = self._runnable = 0
@@ -167,18 +167,17 @@ class Sampler:
 
     def _run(self) -> None:
         self._skipped.add(_thread.get_ident())
-        usual_s = sys.getswitchinterval()
+        shortened = self._late.switch_s < self._usual_s
         try:
-            if self._switch_s is not None and self._switch_s < usual_s:
-                sys.setswitchinterval(self._switch_s)
-                self._late = _Late(self._switch_s)
+            if shortened:
+                sys.setswitchinterval(self._late.switch_s)
             self._look_until_woken()
         except Exception as error:  # the program must not suffer for it
             place = traceback.extract_tb(error.__traceback__)[-1]
             self._failure = f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})"
         finally:
-            if self._late.switch_s < usual_s:
-                sys.setswitchinterval(usual_s)
+            if shortened:
+                sys.setswitchinterval(self._usual_s)
             self._loops.end(clock.perf_counter())
             self._ended.release()
 
