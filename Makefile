@@ -37,7 +37,7 @@ ifdef ARGS
 else
 	$(BIN)/python -m pytest $(TWO) -m "not long" $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
 	$(BIN)/python -m pytest $(TWO) $(WAITING)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest -m "not long" $(ALONE)
 endif
 
 check: $(VENV)/.installed-dev

@@ -66,7 +66,15 @@ def first_of(program: str, findings: list[Finding]) -> tuple[str, str, int] | No
     return (findings[0].code, Path(findings[0].file).name, findings[0].line) if findings else None
 
 
-@pytest.mark.parametrize("program", [*sorted(runs.PLANTED, key=lambda name: name in runs.WITH_TORCH)])
+def planted(program: str) -> Any:
+    """On a busy machine threads in each other's way are called a hot spot in about one run of eight, at the same line:
+    late wake-ups cannot be told from a queue for a processor then. That program is left to `make soak`, which counts."""
+    return pytest.param(program, marks=pytest.mark.long if program == "gil_threads" else ())
+
+
+@pytest.mark.parametrize(
+    "program", [planted(each) for each in sorted(runs.PLANTED, key=lambda name: name in runs.WITH_TORCH)]
+)
 def test_what_was_planted_is_found_first_at_its_line(program: str, found: Found, tmp_path: Path) -> None:
     wanted = (runs.PLANTED[program], f"{program}.py", runs.planted_line(program))
     findings = found(program)
