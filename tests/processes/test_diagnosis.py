@@ -68,7 +68,7 @@ def first_of(program: str, findings: list[Finding]) -> tuple[str, str, int] | No
 
 def planted(program: str) -> Any:
     """On a busy machine threads in each other's way are called a hot spot in about one run of eight, at the same line:
-    late wake-ups cannot be told from a queue for a processor then. That program is left to `make soak`, which counts."""
+    late wake-ups cannot be told from a queue for a processor then. `make soak` runs that program, and counts."""
     return pytest.param(program, marks=pytest.mark.long if program == "gil_threads" else ())
 
 
