@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,18 @@ def test_a_closure_is_searched_where_it_is_and_nothing_is_left_behind() -> None:
         threading.active_count(),
     )
     assert after == before
+
+
+def test_calls_too_slow_to_look_ahead_take_nothing_back() -> None:
+    chain: Any = None  # no container that gets longer: only the bytes tell
+
+    def call() -> None:
+        nonlocal chain
+        time.sleep(0.02)  # so that half a second has room for about 23 calls more
+        chain = (chain, random.randbytes(100))
+
+    report = find_leak(call, iterations=40)
+    assert (report.verdict, report.kind) == ("leak", "python"), as_text(report)
 
 
 def test_set_up_runs_once_before() -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import resource
 import threading
 import tracemalloc
@@ -25,7 +26,7 @@ from headrace.profiling.leaking import attribution, containers, report
 from headrace.profiling.leaking.calls import Calls, check
 from headrace.profiling.leaking.counts import Recorder, resident_bytes
 from headrace.profiling.leaking.report import LeakReport, Limit, Verdict
-from headrace.profiling.leaking.trend import LEAST, Trend
+from headrace.profiling.leaking.trend import LEAST, TELLING, Trend
 from headrace.profiling.leaking.verdict import ENTRIES, MEASURES, Run, Suspicion, cycles, settled, suspect
 
 _MOST_SAMPLES = 200  # of the first run
@@ -256,7 +257,8 @@ class Search:
         count = min(_AHEAD * self._plan.iterations, _AHEAD_S / self._pace_s, room / max(found.trend.slope, 1e-9))
         if full is not None:
             count = max(count, full.calls_left)
-        if count < max(20, self._plan.iterations // 2):
+        # A quarter of the run is left out when it is judged; too few would take a sure finding back.
+        if count < max(math.ceil(TELLING / 0.75) * self._every, self._plan.iterations // 2):
             return found, 2
         for _ in range(2):  # a second time where the first does not tell
             later = self._suspect(self._run(self._affordable(int(count))).without_beginning(), found)

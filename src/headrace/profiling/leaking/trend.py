@@ -25,6 +25,8 @@ _MOST = 120  # points that slopes are taken between; more are merged
 _SIGNIFICANT = 0.005
 _STEADY_RATIO = 0.6
 _BLOCKS = 10
+_LEAST_BLOCKS, _LEAST_IN_BLOCK = 5, 4
+TELLING = _LEAST_BLOCKS * _LEAST_IN_BLOCK  # values; of fewer it cannot be told that they grow
 _Z = {0.95: 1.959964, 0.99: 2.575829}
 # Student's t, one-sided 99 %, by degrees of freedom from 3.
 _T99 = (4.541, 3.747, 3.365, 3.143, 2.998, 2.896, 2.821, 2.764)
@@ -148,8 +150,8 @@ def drifts(ys: Sequence[float]) -> bool:
 
     Where an allocator finds room is a random walk; it rises by long stretches without anything being lost.
     """
-    count = min(_BLOCKS, len(ys) // 4)
-    if count < 5:
+    count = min(_BLOCKS, len(ys) // _LEAST_IN_BLOCK)
+    if count < _LEAST_BLOCKS:
         return False
     levels = [stats.median(block) for block in parts(ys, count)]
     steps = [after - before for before, after in itertools.pairwise(levels)]
