@@ -21,22 +21,23 @@ up: install
 	@exec $(BIN)/headrace up $(ARGS)
 
 # Tests of processes. Most files run two at once, those that take minutes first. What waits for leases and restarts has a
-# turn of its own, two at once; what measures has the machine to itself, and begins with what counts threads. Whole ladders
-# are too long for every change, as is what is marked `long` (`make soak` has both).
+# turn of its own, three at once, with what walks all objects of its process, of which the unit tests leave millions. What
+# measures has the machine to itself, and begins with what counts threads. Whole ladders are too long for every change, as
+# is what is marked `long` (`make soak` has both).
 processes = $(addprefix tests/processes/test_,$(addsuffix .py,$(1)))
-FIRST   := $(call processes,artifacts optimize leak demo security dashboards)
-WAITING := $(call processes,tasks_failures survival alerts reload) tests/chaos
+FIRST   := $(call processes,artifacts optimize demo security dashboards)
+WAITING := $(call processes,tasks_failures leak survival alerts reload) tests/chaos
 ALONE   := $(call processes,tracing sampler diagnosis profile live_profile compare flame overload predict)
 SOAK    := $(call processes,language rungs)
 OTHERS  := $(filter-out $(FIRST) $(WAITING) $(ALONE) $(SOAK),$(wildcard tests/processes/test_*.py))
-TWO     := -n 2 --dist loadfile --no-loadscope-reorder
+SPREAD  := --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-dev check
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest $(TWO) -m "not long" $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
-	$(BIN)/python -m pytest $(TWO) $(WAITING)
+	$(BIN)/python -m pytest -n 2 $(SPREAD) -m "not long" $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
+	$(BIN)/python -m pytest -n 3 $(SPREAD) $(WAITING)
 	$(BIN)/python -m pytest -m "not long" $(ALONE)
 endif
 

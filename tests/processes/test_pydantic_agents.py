@@ -253,5 +253,7 @@ def content(store: redis.Redis, key: bytes) -> Any:
             return store.lrange(key, 0, -1)
         case b"string":
             return store.get(key)
+        case b"none":
+            return None  # a lease that has ended since its key was listed
         case other:
             raise AssertionError(f"{other!r} has come up: read it here")
