@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# Where the environment forbids it, every process would compile all sources anew: two seconds of each start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install up test check soak bench
 
@@ -21,23 +24,24 @@ up: install
 	@exec $(BIN)/headrace up $(ARGS)
 
 # Tests of processes. Most files run two at once, those that take minutes first. What waits for leases and restarts has a
-# turn of its own, three at once, with what walks all objects of its process, of which the unit tests leave millions. What
+# turn of its own, three at once, with what walks all objects of its process, of which other tests leave millions. What
 # measures has the machine to itself, and begins with what counts threads. Whole ladders are too long for every change, as
 # is what is marked `long` (`make soak` has both).
 processes = $(addprefix tests/processes/test_,$(addsuffix .py,$(1)))
 FIRST   := $(call processes,artifacts optimize demo security dashboards)
-WAITING := $(call processes,tasks_failures leak survival alerts reload) tests/chaos
+WALKING := $(call processes,leak) $(addprefix tests/unit/test_,holders.py memory_functions.py watch_torch.py)
+WAITING := $(call processes,tasks_failures survival alerts reload) tests/chaos
 ALONE   := $(call processes,tracing sampler diagnosis profile live_profile compare flame overload predict)
 SOAK    := $(call processes,language rungs)
-OTHERS  := $(filter-out $(FIRST) $(WAITING) $(ALONE) $(SOAK),$(wildcard tests/processes/test_*.py))
-SPREAD  := --dist loadfile --no-loadscope-reorder
+OTHERS  := tests/test_house.py $(wildcard tests/unit/test_*.py) tests/contract tests/property $(wildcard tests/processes/test_*.py)
+OTHERS  := $(filter-out $(FIRST) $(WALKING) $(WAITING) $(ALONE) $(SOAK),$(OTHERS))
 
 test: $(VENV)/.installed-dev check
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 2 $(SPREAD) -m "not long" $(FIRST) tests/test_house.py tests/unit tests/contract tests/property $(OTHERS)
-	$(BIN)/python -m pytest -n 3 $(SPREAD) $(WAITING)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(FIRST) $(OTHERS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(WALKING) $(WAITING)
 	$(BIN)/python -m pytest -m "not long" $(ALONE)
 endif
 
@@ -82,5 +86,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -r requirements-dev.txt
+	$(PIP) install -q --no-compile -c constraints.txt -r requirements-dev.txt
 	@touch $@

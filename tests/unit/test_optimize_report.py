@@ -182,6 +182,23 @@ def test_the_only_rung_that_passed_is_called_so() -> None:
     assert told.endswith("; the only rung that passed.")
 
 
+def test_short_and_long_items_stand_apart_and_where_the_chosen_is_slower_is_said() -> None:
+    thirds = [
+        Cell(32, 1.9, (1.8, 2.0), 1.9, 4.0, 5.0, 250.0, 4, lengths="short", length=9),
+        Cell(32, 0.8, (0.7, 0.9), 0.8, 90.0, 95.0, 350.0, 4, lengths="long", length=201),
+    ]
+    chosen = msgspec.structs.replace(ROWS[2], cells=[*ROWS[2].cells, *thirds])
+    told = ladder([ROWS[0], chosen, ROWS[3]])
+    assert summary.choice(told).endswith(
+        " Yet it is slower than fp32 at 32 a call (long, 201 tokens) 0.80× [0.70, 0.90]."
+    )
+    assert summary.main_cell(msgspec.structs.replace(chosen, batch=32)) is None, "a third is not what is decided by"
+    for text in (report.as_markdown(told), " ".join(Page(report.as_html(told)).text)):
+        assert "short, 9 tokens" in text
+        assert "long, 201 tokens" in text
+    assert "slower than fp32" not in summary.choice(ladder())
+
+
 def test_a_choice_for_memory_says_how_much_memory() -> None:
     small = msgspec.structs.replace(ROWS[2], peak_bytes=100 << 20)
     told = summary.choice(ladder([ROWS[0], small, ROWS[3]], objective="memory"))
@@ -311,8 +328,8 @@ def test_markdown_and_the_page_say_how_it_writes_at_each_batch_size() -> None:
     text = report.as_markdown(writing())
     assert table_of(text, "# headrace optimize")[0][3:6] == ["tokens/s", "first ms", "of bound"]
     cells = table_of(text, "## By batch size")
-    assert cells[0][7:10] == ["tokens/s", "first ms", "of bound"]
-    assert [line[7:10] for line in cells[4:]] == [["758", "5", "51 %"], ["6064", "40", "6.38 %"]]
+    assert cells[0][8:11] == ["tokens/s", "first ms", "of bound"]
+    assert [line[8:11] for line in cells[4:]] == [["758", "5", "51 %"], ["6064", "40", "6.38 %"]]
     page = " ".join(Page(report.as_html(writing())).text)
     for told in ("tokens/s", "first ms", "of bound", "51 %", "6.38 %", "until the first token of all"):
         assert told in page
@@ -457,7 +474,7 @@ def test_markdown_tables_are_as_wide_as_their_heads() -> None:
     assert {len(line) for line in shown} == {10}
     assert len(shown) == 2 + len(rows)
     cells = table_of(text, "## By batch size")
-    assert {len(line) for line in cells} == {8}
+    assert {len(line) for line in cells} == {9}
     assert len(cells) == 2 + sum(len(row.cells) for row in rows)
 
 

@@ -158,9 +158,30 @@ def test_the_interval_of_a_median_holds_it() -> None:
 
 
 def test_both_sides_of_a_pair_run_the_same_batches() -> None:
-    one, other = (measure.cells(range(100), dict.fromkeys((1, 8, 32), 4)) for _ in range(2))
+    lengths = dict.fromkeys(range(100), 7)
+    one, other = (measure.cells(lengths, dict.fromkeys((1, 8, 32), 4), thirds_of=(1, 32)) for _ in range(2))
     assert one == other
-    assert [len(each.batches[0]) for each in one] == [1, 8, 32]
+    assert [len(each.batches[0]) for each in one] == [1, 8, 32], "items of like length are not timed apart"
+
+
+def test_short_and_long_items_are_timed_apart_where_they_are_unlike() -> None:
+    lengths = {number: 5 + number for number in range(60)}
+    found = measure.cells(lengths, {1: 12, 8: 8, 32: 6}, thirds_of=(1, 32))
+    assert [(each.batch, each.lengths, each.length) for each in found] == [
+        (1, "all", 34),
+        (8, "all", 34),
+        (32, "all", 34),
+        (1, "short", 14),
+        (1, "long", 54),
+        (32, "short", 14),
+        (32, "long", 54),
+    ]
+    for each, allowed in zip(found[3:], [range(20), range(40, 60)] * 2, strict=True):
+        assert {number for batch in each.batches for number in batch} <= set(allowed)
+
+
+def test_items_without_a_length_are_said_to_have_none() -> None:
+    assert [each.length for each in measure.cells(dict.fromkeys(range(9), 1), {1: 4})] == [None]
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=64))

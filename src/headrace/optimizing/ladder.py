@@ -138,7 +138,7 @@ class _Climb:
         self.job = Job(str(work), wish.target, wish.task, device, threads, samples=str(wish.samples.resolve()))
         self.job = msgspec.structs.replace(self.job, most_samples=wish.most_samples, instance=wish.instance)
         self.rows: dict[str, Row] = {}
-        self.seen: dict[int, list[measure.Call]] = {}
+        self.seen: dict[tuple[int, str], list[measure.Call]] = {}
         self.step_bytes = 0
         self._key = _digest(wish, self.job)
         if resume:
@@ -167,9 +167,13 @@ class _Climb:
         writing = items.subject.task == GENERATE
         rounds = _ROUNDS_OF_WRITING if writing else _ROUNDS
         rounds = {batch: max(4, round(pairs * self.wish.effort)) for batch, pairs in rounds.items()}
-        self.cells = measure.cells(self.evaluation, rounds, *([_CALLS_OF_WRITING] if writing else []))
+        self.largest = max(rounds)
+        lengths = {index: items.lengths[index] for index in self.evaluation}
+        if writing:
+            self.cells = measure.cells(lengths, rounds, thirds_of=(1,), most_calls=_CALLS_OF_WRITING)
+        else:
+            self.cells = measure.cells(lengths, rounds, thirds_of=(1, self.largest))
         self.compared = self.evaluation[:_TEXTS_COMPARED] if writing else self.evaluation
-        self.length = round(stats.median([items.lengths[index] for index in self.evaluation]))
         baseline = self._start("run", self.job)
         try:
             row = self._baseline(baseline)
@@ -223,7 +227,7 @@ class _Climb:
         try:
             loaded = process.ask()
             wanted = self._outputs(process, 1)
-            batched = self._outputs(process, self.cells[-1].batch)
+            batched = self._outputs(process, self.largest)
         except Failed as failed:
             raise LoadError(f"the model cannot be run as it is: {failed.reason}", field="target") from None
         self.step_bytes = loaded["step_bytes"]
@@ -240,7 +244,7 @@ class _Climb:
             first_s=round(loaded["first_s"], 3),
             peak_bytes=peak,
             batch=self._objective_cell().batch,
-            length=self.length,
+            length=self._objective_cell().length,
         )
 
     def _noise(self, baseline: Process) -> Noise:
@@ -249,16 +253,18 @@ class _Climb:
         try:
             twin.ask()
             self.comparison.check_same(self._outputs(twin, 1, _CONTROLLED))
-            timed = {cell.batch: self._compare(baseline, twin, cell, 0) for cell in self.cells}[
-                self._objective_cell().batch
-            ]
+            timed = self._main([self._compare(baseline, twin, cell, 0) for cell in self.cells])
         finally:
             twin.end()
         return Noise(timed.ratio, timed.interval, timed.cpu_ratio, abs(timed.ratio - 1) > MOST_NOISE)
 
     def _compare(self, baseline: Process, candidate: Process, cell: measure.Cell, step_bytes: int) -> Cell:
         return measure.compare(
-            baseline, candidate, cell, self.seen.setdefault(cell.batch, []), self._most_steps(step_bytes)
+            baseline,
+            candidate,
+            cell,
+            self.seen.setdefault((cell.batch, cell.lengths), []),
+            self._most_steps(step_bytes),
         )
 
     def _most_steps(self, step_bytes: int) -> float:
@@ -268,8 +274,8 @@ class _Climb:
         """Give the baseline's row the times that it had beside all the others."""
         row = self.rows[rungs.BASELINE]
         most = self._most_steps(self.step_bytes)
-        cells = [measure.alone(cell, self.seen[cell.batch], most) for cell in self.cells]
-        main = next(cell for cell in cells if cell.batch == row.batch)
+        cells = [measure.alone(cell, self.seen[cell.batch, cell.lengths], most) for cell in self.cells]
+        main = self._main(cells)
         self.rows[rungs.BASELINE] = msgspec.structs.replace(
             row,
             cells=cells,
@@ -306,7 +312,7 @@ class _Climb:
     def _measure(self, rung: rungs.Rung, process: Process, baseline: Process, noise: Noise, build_s: float) -> Row:
         loaded = process.ask()
         found = self._outputs(process, 1)
-        batched = self._outputs(process, self.cells[-1].batch)
+        batched = self._outputs(process, self.largest)
         measured = self.comparison.measure(found, batched)
         cells = [self._compare(baseline, process, cell, loaded["step_bytes"]) for cell in self.cells]
         peak = process.ask({"do": "peak"})["peak_bytes"]
@@ -315,8 +321,8 @@ class _Climb:
         status, reason = judge(row, self.budget, self.wish.objective, self.rows, noise)
         return msgspec.structs.replace(row, status=status, reason=reason)
 
-    def _row(self, rung: str, status: str, cells: list[Any], loaded: dict[str, Any], peak: int) -> Row:
-        main = next(cell for cell in cells if cell.batch == self._objective_cell().batch)
+    def _row(self, rung: str, status: str, cells: list[Cell], loaded: dict[str, Any], peak: int) -> Row:
+        main = self._main(cells)
         return Row(
             rung=rung,
             status=status,
@@ -329,12 +335,17 @@ class _Climb:
             first_s=round(loaded["first_s"], 3),
             peak_bytes=peak,
             batch=main.batch,
-            length=self.length,
+            length=main.length,
             cells=cells,
         )
 
     def _objective_cell(self) -> measure.Cell:
-        return self.cells[0] if self.wish.objective == "latency" else self.cells[-1]
+        batch = 1 if self.wish.objective == "latency" else self.largest
+        return next(cell for cell in self.cells if cell.batch == batch and cell.lengths == "all")
+
+    def _main(self, timed: Sequence[Cell]) -> Cell:
+        """What was timed of the objective's cell."""
+        return timed[self.cells.index(self._objective_cell())]
 
     def _outputs(self, process: Process, batch: int, most: int | None = None) -> list[Any]:
         numbers = self.compared[:most]

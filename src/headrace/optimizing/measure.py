@@ -19,6 +19,10 @@ from headrace.stats import interval
 
 # A turn of one side is as long at least, or a rung that needs a millisecond would be timed as it wakes up.
 LEAST_TURN_S = 0.1
+# Short and long items are timed apart where the longest tenth is so many times as long as the shortest; few pairs will
+# do for that, since nothing is decided by them.
+_UNLIKE = 2.0
+_PAIRS_OF_A_THIRD = 4
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -27,22 +31,47 @@ class Cell(msgspec.Struct, frozen=True):
     Args:
         batches: numbers of items; one entry is one call.
         rounds: pairs of runs of all batches.
+        lengths: which items: ``all``, the ``short`` third or the ``long`` one.
+        length: their median, ``None`` where items have no length.
     """
 
     batch: int
     batches: list[list[int]]
     rounds: int
+    lengths: str = "all"
+    length: int | None = None
 
 
-def cells(numbers: Sequence[int], rounds: Mapping[int, int], most_calls: int = 8, seed: int = 0) -> list[Cell]:
-    """Cells of the sizes that ``rounds`` names, their items drawn from these numbers: lengths are the samples'."""
-    found = []
-    for size, pairs in rounds.items():
-        draw = random.Random(seed + size)
-        calls = max(1, min(most_calls, 32 // size))
-        batches = [[draw.choice(numbers) for _ in range(size)] for _ in range(calls)]
-        found.append(Cell(size, batches, pairs))
+def cells(
+    lengths: Mapping[int, int], rounds: Mapping[int, int], *, thirds_of: Sequence[int] = (), most_calls: int = 8
+) -> list[Cell]:
+    """Cells of the sizes that ``rounds`` names, their items drawn from all, so that lengths are the samples'; after
+    them, where lengths are unlike, cells of the short third and of the long one.
+
+    Args:
+        lengths: of items by number.
+        rounds: pairs by size.
+        thirds_of: sizes at which short and long items are timed apart.
+    """
+    ordered = sorted(lengths, key=lambda number: (lengths[number], number))
+    third = max(1, len(ordered) // 3)
+    found = [_cell(size, "all", sorted(lengths), lengths, pairs, most_calls) for size, pairs in rounds.items()]
+    values = sorted(lengths.values())
+    if stats.percentile(values, 0.9) >= _UNLIKE * stats.percentile(values, 0.1):
+        for size in thirds_of:
+            for name, numbers in (("short", ordered[:third]), ("long", ordered[-third:])):
+                found.append(_cell(size, name, numbers, lengths, _PAIRS_OF_A_THIRD, most_calls))
     return found
+
+
+def _cell(
+    size: int, name: str, numbers: Sequence[int], lengths: Mapping[int, int], pairs: int, most_calls: int
+) -> Cell:
+    draw = random.Random(size)
+    calls = max(1, min(most_calls, 32 // size))
+    batches = [[draw.choice(numbers) for _ in range(size)] for _ in range(calls)]
+    length = round(stats.median([lengths[number] for number in numbers])) if max(lengths.values()) > 1 else None
+    return Cell(size, batches, pairs, name, length)
 
 
 # One call: its wall time ``s``, and of a language model ``prefill_s``, ``decode_s`` and ``steps``.
@@ -100,6 +129,8 @@ def _timed(
         p95_ms=stats.percentile(ordered, 0.95) * 1e3,
         throughput=cell.batch / p50_s,
         pairs=pairs,
+        lengths=cell.lengths,
+        length=cell.length,
     )
     if "decode_s" not in calls[0]:
         return found

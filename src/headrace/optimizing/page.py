@@ -116,9 +116,9 @@ def _cells(report: Report) -> list[str]:
         return []
     writes = summary.writes(report)
     more = summary.WRITING if writes else ()
-    numbers = ["items a call", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
+    numbers = ["items a call", "which", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
     lines = (line for row in report.rows for line in _cells_of(row, writes))
-    return ["<h2>By batch size</h2>", *_table(["rung"], numbers, lines)]
+    return ["<h2>By batch size and length</h2>", *_table(["rung"], numbers, lines)]
 
 
 def _cells_of(row: Row, writes: bool) -> Iterable[str]:
@@ -127,6 +127,7 @@ def _cells_of(row: Row, writes: bool) -> Iterable[str]:
         alone = row.status == "baseline"
         numbers = [
             str(cell.batch),
+            summary.items_of(cell),
             "1×" if alone else summary.speed(cell.ratio, cell.interval),
             "1×" if alone else summary.speed(cell.cpu_ratio, None),
             *(summary.number(each) for each in (cell.p50_ms, cell.p95_ms, cell.throughput)),

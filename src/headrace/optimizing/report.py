@@ -133,7 +133,7 @@ def as_markdown(report: Report) -> str:
     if len(front) > 1:
         lines += [f"No rung is both faster and nearer to the model as it is than these: {_mark(', '.join(front))}.", ""]
     if any(row.cells for row in report.rows):
-        lines += ["## By batch size", "", *_cells(report), ""]
+        lines += ["## By batch size and length", "", *_cells(report), ""]
     lines += ["## Conditions", "", *(f"- {name}: {_mark(value)}" for name, value in summary.conditions(report))]
     environment = ((name, summary.environment(value)) for name, value in report.environment.items())
     return "\n".join([*lines, *(f"- {_mark(name)}: {_mark(value)}" for name, value in environment), ""])
@@ -141,7 +141,8 @@ def as_markdown(report: Report) -> str:
 
 def _cells(report: Report) -> list[str]:
     more = summary.WRITING if summary.writes(report) else ()
-    head = ["rung", "items a call", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
+    ratios = ["speed-up", "by processor time"]
+    head = ["rung", "items a call", "which", *ratios, "p50 ms", "p95 ms", "items/s", *more, "pairs"]
     found = []
     for row in report.rows:
         for cell in row.cells:
@@ -150,9 +151,8 @@ def _cells(report: Report) -> list[str]:
             if row.status == "baseline":
                 ratios = ["1×", "1×"]
             written = summary.writing(cell) if more else ()
-            found.append(
-                [row.rung, str(cell.batch), *ratios, *map(summary.number, measured), *written, str(cell.pairs)]
-            )
+            which = (row.rung, str(cell.batch), summary.items_of(cell))
+            found.append([*which, *ratios, *map(summary.number, measured), *written, str(cell.pairs)])
     return _table(head, found)
 
 

@@ -103,7 +103,12 @@ def writes(report: Report) -> bool:
 
 def main_cell(row: Row) -> Cell | None:
     """What was timed at the objective's batch."""
-    return next((cell for cell in row.cells if cell.batch == row.batch), None)
+    return next((cell for cell in row.cells if cell.batch == row.batch and cell.lengths == "all"), None)
+
+
+def items_of(cell: Cell) -> str:
+    """Which items were timed."""
+    return cell.lengths if cell.length is None else f"{cell.lengths}, {cell.length} tokens"
 
 
 def writing(cell: Cell | None) -> tuple[str, ...]:
@@ -175,7 +180,17 @@ def choice(report: Report) -> str:
         why = "the only rung that passed"
     elif ties := [each.rung for each in passed if report.objective != "memory" and _beats(each, row)]:
         why = f"simpler than {', '.join(ties)}, which cannot be told from it by speed"
-    return f"{report.chosen} is chosen: {', '.join(said)}; {why}."
+    return f"{report.chosen} is chosen: {', '.join(said)}; {why}.{_though(row, report.baseline)}"
+
+
+def _though(row: Row, baseline: str) -> str:
+    """Where a rung that was chosen is slower all the same."""
+    slower = [
+        f"at {cell.batch} a call ({items_of(cell)}) {speed(cell.ratio, cell.interval)}"
+        for cell in row.cells
+        if cell.interval[1] < 1
+    ]
+    return f" Yet it is slower than {baseline} {'; '.join(slower)}." if slower else ""
 
 
 def _beats(other: Row, row: Row) -> bool:

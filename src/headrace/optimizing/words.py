@@ -21,7 +21,7 @@ STATUSES = (
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """A rung beside the baseline at one batch size.
+    """A rung beside the baseline at one batch size, with items of some lengths.
 
     Args:
         batch: items of one call.
@@ -32,6 +32,8 @@ class Cell(msgspec.Struct, frozen=True):
         pairs: of runs, one of each side; the ratio is the median of theirs.
         prefill_ms, tokens_per_s: of a language model: until the first token of all items, and what it writes after it.
         share_of_bandwidth: of what the memory could deliver, if a step read the weights and nothing else.
+        lengths: which items: ``all``, the ``short`` third of the samples or the ``long`` one.
+        length: median tokens of these, where there are tokens.
     """
 
     batch: int
@@ -45,6 +47,8 @@ class Cell(msgspec.Struct, frozen=True):
     prefill_ms: float | None = None
     tokens_per_s: float | None = None
     share_of_bandwidth: float | None = None
+    lengths: str = "all"
+    length: int | None = None
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -61,7 +65,7 @@ class Row(msgspec.Struct, frozen=True):
         first_s: the first call after loading.
         peak_bytes: the most memory that was used at once.
         batch, length: items of one call and median tokens of an item, where there are tokens.
-        cells: every batch size that was timed.
+        cells: every batch size and group of lengths that was timed.
     """
 
     rung: str
