@@ -162,6 +162,8 @@ interval in brackets. The two took turns, so that what else the machine did fell
 says that there is no difference to be seen.</li>
 <li><b>p50, p95, items/s</b> are of the rung alone. Rungs were not timed at the same moment: compare them by
 speed-up.</li>
+<li><b>Which</b> items: all as they come, or the short or the long third of your samples, where these are unlike.
+What was chosen was chosen by all.</li>
 {writing}<li><b>Drift</b> is the distance to the answers of the model as it is, on your samples. It is no accuracy:
 what the model gets wrong, a rung without drift gets wrong too.</li>
 <li><b>The control</b> is the baseline beside itself. What it is away from 1, this machine adds to any ratio.</li>
