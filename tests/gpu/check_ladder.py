@@ -120,6 +120,7 @@ def tell(row: Any) -> None:
         cell.batch: [
             round(cell.p50_ms, 2),
             *([round(cell.tokens_per_s), round(cell.share_of_bandwidth or 0, 3)] if cell.tokens_per_s else []),
+            *([round(cell.share_of_peak, 3)] if cell.share_of_peak else []),
         ]
         for cell in row.cells
     }
@@ -167,7 +168,7 @@ def main() -> None:
         torch.cuda.empty_cache()
 
         def keep(row: Any) -> None:
-            """Told, and written at once: a machine that is lent may be gone before the last rung."""
+            """Told, and written at once: a run may be cut off before the last rung."""
             tell(row)
             result.setdefault("rows", []).append(msgspec.to_builtins(row))
             if arguments.out:

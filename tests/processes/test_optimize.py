@@ -127,6 +127,7 @@ def test_whatever_a_rung_does_it_has_a_row_and_the_ladder_goes_on(interrupted: I
     rows = {row["rung"]: row for row in report["rows"]}
     assert list(rows) == ["fp32", *ids]
     assert (rows["fp32"]["status"], rows["fp32"]["latency_ms"]["p50"] > 0) == ("baseline", True)
+    assert 0 < rows["fp32"]["cells"][-1]["share_of_peak"] < 1
 
     kept = rows["torch-int8-dynamic"]
     assert (kept["status"], kept["reason"].startswith("largest 0.0")) == ("inaccurate", True)

@@ -199,6 +199,19 @@ def test_short_and_long_items_stand_apart_and_where_the_chosen_is_slower_is_said
     assert "slower than fp32" not in summary.choice(ladder())
 
 
+def test_how_near_a_cell_comes_to_the_device_stands_beside_its_times() -> None:
+    cells = [msgspec.structs.replace(cell, share_of_peak=0.42) for cell in ROWS[2].cells]
+    told = ladder([ROWS[0], msgspec.structs.replace(ROWS[2], cells=cells)])
+    shown = table_of(report.as_markdown(told), "## By batch size")
+    assert shown[0][8] == "of peak"
+    assert [line[8] for line in shown[2:]] == ["–", "–", "42 %", "42 %"]
+    assert "float32 on a CPU" in report.as_markdown(told)
+    page = " ".join(Page(report.as_html(told)).text)
+    assert "of peak" in page
+    assert "42 %" in page
+    assert "of peak" not in report.as_markdown(ladder()) + " ".join(Page(report.as_html(ladder())).text)
+
+
 def test_a_choice_for_memory_says_how_much_memory() -> None:
     small = msgspec.structs.replace(ROWS[2], peak_bytes=100 << 20)
     told = summary.choice(ladder([ROWS[0], small, ROWS[3]], objective="memory"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from headrace import cgroups
 from headrace.cgroups import Limits
 from headrace.errors import ConfigError
-from headrace.optimizing import drift, measure, process, rungs, summary
+from headrace.optimizing import bounds, drift, measure, process, rungs, summary
 from headrace.optimizing.ladder import Wish, choose, climb, judge, simplicity
 from headrace.optimizing.samples import divide, read
 from headrace.optimizing.words import Cell, Noise, Row
@@ -178,6 +178,20 @@ def test_short_and_long_items_are_timed_apart_where_they_are_unlike() -> None:
     ]
     for each, allowed in zip(found[3:], [range(20), range(40, 60)] * 2, strict=True):
         assert {number for batch in each.batches for number in batch} <= set(allowed)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=3, unique=True), st.integers(1, 512))
+def test_operations_of_any_length_follow_from_three(lengths: list[int], length: int) -> None:
+    def truth(tokens: int) -> float:
+        degree = min(len(lengths), 3) - 1
+        return sum(factor * tokens**power for power, factor in enumerate((3e3, 7e4, 1.5e3)[: degree + 1]))
+
+    found = bounds.Operations(sorted(lengths), [truth(each) for each in sorted(lengths)])
+    assert found.of(length) == pytest.approx(truth(length), rel=1e-9)
+
+
+def test_where_nothing_could_be_counted_no_length_has_operations() -> None:
+    assert bounds.Operations().of(7) == 0
 
 
 def test_items_without_a_length_are_said_to_have_none() -> None:

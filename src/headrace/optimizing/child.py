@@ -20,11 +20,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import asdict
 
 from headrace.artifact import Subject, processor_flags
 from headrace.clock import perf_counter
 from headrace.errors import HeadraceError, to_fault
-from headrace.optimizing import compiled, rungs
+from headrace.optimizing import bounds, compiled, rungs
 from headrace.optimizing.orphan import end_with_parent
 from headrace.optimizing.process import SAID, memory_bytes
 from headrace.runners import collate
@@ -121,6 +122,7 @@ def _machine(job: Job, task: str) -> rungs.Machine:
     """What this process can see of the machine it runs on."""
     import torch
 
+    writes = task == GENERATE
     gpu, capability = "", 0.0
     if job.device != "cpu":
         properties = torch.cuda.get_device_properties(job.device)
@@ -140,25 +142,9 @@ def _machine(job: Job, task: str) -> rungs.Machine:
         processor=processor,
         python=platform.python_version(),
         memory_bytes=memory_bytes(),
-        bandwidth=_bandwidth(job) if task == GENERATE else 0.0,
+        bandwidth=bounds.bytes_per_s(job.device, job.threads) if writes else 0.0,
+        operations_per_s=0.0 if writes else bounds.operations_per_s(job.device, job.threads),
     )
-
-
-def _bandwidth(job: Job) -> float:
-    """Bytes per second that are read and written by copies of something that no cache holds, the best of several."""
-    import torch
-
-    torch.set_num_threads(job.threads)
-    source = torch.ones(1 << (28 if job.device == "cpu" else 30), dtype=torch.uint8, device=job.device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(8):
-        began = perf_counter()
-        target.copy_(source)
-        if job.device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, perf_counter() - began)
-    return float(2 * source.numel() / best)
 
 
 def _build(job: Job, answers: Any) -> None:
@@ -243,6 +229,8 @@ class _Asked:
                     outputs[str(number)] = np.asarray(output, np.float32)
             np.savez(command["file"], **outputs)  # type: ignore[arg-type]
             return {"file": command["file"]}
+        if command["do"] == "operations":
+            return asdict(bounds.operations(self._way, self._items.all, self._items.subject))
         return {"peak_bytes": _peak_bytes()}
 
     def _time(self, batches: list[list[collate.Item]], least_s: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from headrace.clock import perf_counter, wall
 from headrace.config import usable_cpus
 from headrace.errors import ConfigError, Fault, LoadError, from_fault
 from headrace.optimizing import drift, measure, predicted, rungs, summary
+from headrace.optimizing.bounds import Operations
 from headrace.optimizing.child import MACHINE, Items, Job
 from headrace.optimizing.comparison import Comparison
 from headrace.optimizing.process import Failed, Process, usual_cap
@@ -140,6 +141,7 @@ class _Climb:
         self.rows: dict[str, Row] = {}
         self.seen: dict[tuple[int, str], list[measure.Call]] = {}
         self.step_bytes = 0
+        self.operations = Operations()
         self._key = _digest(wish, self.job)
         if resume:
             self._read_rows()
@@ -168,11 +170,11 @@ class _Climb:
         rounds = _ROUNDS_OF_WRITING if writing else _ROUNDS
         rounds = {batch: max(4, round(pairs * self.wish.effort)) for batch, pairs in rounds.items()}
         self.largest = max(rounds)
-        lengths = {index: items.lengths[index] for index in self.evaluation}
+        self.lengths = {index: items.lengths[index] for index in self.evaluation}
         if writing:
-            self.cells = measure.cells(lengths, rounds, thirds_of=(1,), most_calls=_CALLS_OF_WRITING)
+            self.cells = measure.cells(self.lengths, rounds, thirds_of=(1,), most_calls=_CALLS_OF_WRITING)
         else:
-            self.cells = measure.cells(lengths, rounds, thirds_of=(1, self.largest))
+            self.cells = measure.cells(self.lengths, rounds, thirds_of=(1, self.largest))
         self.compared = self.evaluation[:_TEXTS_COMPARED] if writing else self.evaluation
         baseline = self._start("run", self.job)
         try:
@@ -232,6 +234,8 @@ class _Climb:
             raise LoadError(f"the model cannot be run as it is: {failed.reason}", field="target") from None
         self.step_bytes = loaded["step_bytes"]
         peak = process.ask({"do": "peak"})["peak_bytes"]
+        if self.machine.operations_per_s:
+            self.operations = msgspec.convert(process.ask({"do": "operations"}), Operations)
         return Row(
             rung=rungs.BASELINE,
             status="baseline",
@@ -264,17 +268,23 @@ class _Climb:
             candidate,
             cell,
             self.seen.setdefault((cell.batch, cell.lengths), []),
-            self._most_steps(step_bytes),
+            self._bound(cell, step_bytes),
         )
 
-    def _most_steps(self, step_bytes: int) -> float:
-        return self.machine.bandwidth / step_bytes if step_bytes else 0.0
+    def _bound(self, cell: measure.Cell, step_bytes: int) -> measure.Bound:
+        needed = [sum(self.operations.of(self.lengths[number]) for number in batch) for batch in cell.batches]
+        return measure.Bound(
+            steps_per_s=self.machine.bandwidth / step_bytes if step_bytes else 0.0,
+            calls_per_s=self.machine.operations_per_s * len(needed) / sum(needed) if sum(needed) else 0.0,
+        )
 
     def _time_baseline(self) -> None:
         """Give the baseline's row the times that it had beside all the others."""
         row = self.rows[rungs.BASELINE]
-        most = self._most_steps(self.step_bytes)
-        cells = [measure.alone(cell, self.seen[cell.batch, cell.lengths], most) for cell in self.cells]
+        cells = [
+            measure.alone(cell, self.seen[cell.batch, cell.lengths], self._bound(cell, self.step_bytes))
+            for cell in self.cells
+        ]
         main = self._main(cells)
         self.rows[rungs.BASELINE] = msgspec.structs.replace(
             row,

@@ -74,24 +74,29 @@ def _cell(
     return Cell(size, batches, pairs, name, length)
 
 
+class Bound(msgspec.Struct, frozen=True):
+    """What this machine could do at most with a rung and a cell; 0 where that means nothing or is not known.
+
+    Args:
+        steps_per_s: of a language model: what memory delivers over what one step of the rung reads.
+        calls_per_s: of a model that encodes: operations that the device does in a second over those of a mean call.
+    """
+
+    steps_per_s: float = 0.0
+    calls_per_s: float = 0.0
+
+
 # One call: its wall time ``s``, and of a language model ``prefill_s``, ``decode_s`` and ``steps``.
 Call = dict[str, float]
 
 
-def alone(cell: Cell, seen: Sequence[Call], most_steps_per_s: float = 0.0) -> Timed:
+def alone(cell: Cell, seen: Sequence[Call], bound: Bound) -> Timed:
     """The baseline's own times of a cell, from all the pairs that it was part of."""
-    return _timed(cell, seen, 1.0, (1.0, 1.0), 1.0, len(seen), most_steps_per_s)
+    return _timed(cell, seen, 1.0, (1.0, 1.0), 1.0, len(seen), bound)
 
 
-def compare(
-    baseline: Process, candidate: Process, cell: Cell, seen: list[Call], most_steps_per_s: float = 0.0
-) -> Timed:
-    """Run a cell on both sides in turns; the baseline's own times are added to ``seen``. Raises `Failed`.
-
-    Args:
-        most_steps_per_s: what memory delivers over what one step of the candidate reads: a language model cannot do
-            more; 0 where that means nothing.
-    """
+def compare(baseline: Process, candidate: Process, cell: Cell, seen: list[Call], bound: Bound) -> Timed:
+    """Run a cell on both sides in turns; the baseline's own times are added to ``seen``. Raises `Failed`."""
     command = {"do": "time", "batches": cell.batches, "least_s": LEAST_TURN_S}
     for side in (baseline, candidate):  # each shape once before it counts
         side.ask(command)
@@ -104,9 +109,7 @@ def compare(
         cpu_ratios.append(answers[baseline]["cpu_s"] / max(answers[candidate]["cpu_s"], 1e-6))
         calls += answers[candidate]["calls"]
         seen += answers[baseline]["calls"]
-    return _timed(
-        cell, calls, stats.median(ratios), interval(ratios), stats.median(cpu_ratios), len(ratios), most_steps_per_s
-    )
+    return _timed(cell, calls, stats.median(ratios), interval(ratios), stats.median(cpu_ratios), len(ratios), bound)
 
 
 def _timed(
@@ -116,10 +119,11 @@ def _timed(
     bounds: tuple[float, float],
     cpu_ratio: float,
     pairs: int,
-    most_steps_per_s: float,
+    bound: Bound,
 ) -> Timed:
     ordered = sorted(call["s"] for call in calls)
     p50_s = stats.median(ordered)
+    mean_s = sum(ordered) / len(ordered)
     found = Timed(
         batch=cell.batch,
         ratio=ratio,
@@ -129,6 +133,7 @@ def _timed(
         p95_ms=stats.percentile(ordered, 0.95) * 1e3,
         throughput=cell.batch / p50_s,
         pairs=pairs,
+        share_of_peak=1 / mean_s / bound.calls_per_s if bound.calls_per_s else None,
         lengths=cell.lengths,
         length=cell.length,
     )
@@ -139,5 +144,5 @@ def _timed(
         found,
         prefill_ms=stats.median([call["prefill_s"] for call in calls]) * 1e3,
         tokens_per_s=steps * cell.batch,
-        share_of_bandwidth=steps / most_steps_per_s if most_steps_per_s else None,
+        share_of_bandwidth=steps / bound.steps_per_s if bound.steps_per_s else None,
     )

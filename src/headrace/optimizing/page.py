@@ -25,7 +25,7 @@ def as_html(report: Report) -> str:
             *_missing(report),
             *_cells(report),
             *_conditions(report),
-            _READING.format(writing=_writing(report)),
+            _READING.format(nearness=_nearness(report)),
             "</body>\n</html>\n",
         ]
     )
@@ -114,14 +114,13 @@ def _missing(report: Report) -> list[str]:
 def _cells(report: Report) -> list[str]:
     if not any(row.cells for row in report.rows):
         return []
-    writes = summary.writes(report)
-    more = summary.WRITING if writes else ()
+    more = summary.bounded_by(report)
     numbers = ["items a call", "which", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
-    lines = (line for row in report.rows for line in _cells_of(row, writes))
+    lines = (line for row in report.rows for line in _cells_of(row, report))
     return ["<h2>By batch size and length</h2>", *_table(["rung"], numbers, lines)]
 
 
-def _cells_of(row: Row, writes: bool) -> Iterable[str]:
+def _cells_of(row: Row, report: Report) -> Iterable[str]:
     for index, cell in enumerate(row.cells):
         first = f'<th scope="rowgroup" rowspan="{len(row.cells)}">{_text(row.rung)}</th>' if index == 0 else ""
         alone = row.status == "baseline"
@@ -131,7 +130,7 @@ def _cells_of(row: Row, writes: bool) -> Iterable[str]:
             "1×" if alone else summary.speed(cell.ratio, cell.interval),
             "1×" if alone else summary.speed(cell.cpu_ratio, None),
             *(summary.number(each) for each in (cell.p50_ms, cell.p95_ms, cell.throughput)),
-            *(summary.writing(cell) if writes else ()),
+            *summary.nearness(report, cell),
             str(cell.pairs),
         ]
         yield f"<tr>{first}{''.join(_cell(each, 'number') for each in numbers)}</tr>"
@@ -147,7 +146,9 @@ def _conditions(report: Report) -> list[str]:
     ]
 
 
-def _writing(report: Report) -> str:
+def _nearness(report: Report) -> str:
+    if summary.reaches(report):
+        return f"<li>{_text(summary.READING_OF_REACHING)}.</li>\n"
     return f"<li>{_text(summary.READING_OF_WRITING)}.</li>\n" if summary.writes(report) else ""
 
 
@@ -164,7 +165,7 @@ says that there is no difference to be seen.</li>
 speed-up.</li>
 <li><b>Which</b> items: all as they come, or the short or the long third of your samples, where these are unlike.
 What was chosen was chosen by all.</li>
-{writing}<li><b>Drift</b> is the distance to the answers of the model as it is, on your samples. It is no accuracy:
+{nearness}<li><b>Drift</b> is the distance to the answers of the model as it is, on your samples. It is no accuracy:
 what the model gets wrong, a rung without drift gets wrong too.</li>
 <li><b>The control</b> is the baseline beside itself. What it is away from 1, this machine adds to any ratio.</li>
 <li><b>Size</b> is of the files, or of the weights in memory where a rung has none. <b>Load</b> comes with every

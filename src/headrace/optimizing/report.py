@@ -134,15 +134,26 @@ def as_markdown(report: Report) -> str:
         lines += [f"No rung is both faster and nearer to the model as it is than these: {_mark(', '.join(front))}.", ""]
     if any(row.cells for row in report.rows):
         lines += ["## By batch size and length", "", *_cells(report), ""]
+    if summary.reaches(report):
+        lines += [f"{summary.READING_OF_REACHING}.", ""]
     lines += ["## Conditions", "", *(f"- {name}: {_mark(value)}" for name, value in summary.conditions(report))]
     environment = ((name, summary.environment(value)) for name, value in report.environment.items())
     return "\n".join([*lines, *(f"- {_mark(name)}: {_mark(value)}" for name, value in environment), ""])
 
 
 def _cells(report: Report) -> list[str]:
-    more = summary.WRITING if summary.writes(report) else ()
     ratios = ["speed-up", "by processor time"]
-    head = ["rung", "items a call", "which", *ratios, "p50 ms", "p95 ms", "items/s", *more, "pairs"]
+    head = [
+        "rung",
+        "items a call",
+        "which",
+        *ratios,
+        "p50 ms",
+        "p95 ms",
+        "items/s",
+        *summary.bounded_by(report),
+        "pairs",
+    ]
     found = []
     for row in report.rows:
         for cell in row.cells:
@@ -150,9 +161,9 @@ def _cells(report: Report) -> list[str]:
             ratios = [summary.speed(cell.ratio, cell.interval), summary.speed(cell.cpu_ratio, None)]
             if row.status == "baseline":
                 ratios = ["1×", "1×"]
-            written = summary.writing(cell) if more else ()
+            near = summary.nearness(report, cell)
             which = (row.rung, str(cell.batch), summary.items_of(cell))
-            found.append([*which, *ratios, *map(summary.number, measured), *written, str(cell.pairs)])
+            found.append([*which, *ratios, *map(summary.number, measured), *near, str(cell.pairs)])
     return _table(head, found)
 
 

@@ -29,6 +29,7 @@ class Machine(msgspec.Struct, frozen=True):
         packages: versions of what is installed.
         device: cpu or cuda:N; ``capability`` is the GPU's, such as 9.0.
         bandwidth: bytes per second that are read where weights lie; 0 if that was not measured.
+        operations_per_s: of large products, float32 on a CPU and bfloat16 on a GPU; 0 if that was not measured.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Machine(msgspec.Struct, frozen=True):
     python: str = ""
     memory_bytes: int = 0
     bandwidth: float = 0.0
+    operations_per_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,12 @@ READING_OF_WRITING = (
     "tokens/s: after the first one, of all texts; first ms: until the first token of all; of bound: of the steps that "
     "memory could deliver, if each read the weights and nothing else"
 )
+# How near a model that encodes comes to what the device can multiply.
+REACHING = ("of peak",)
+READING_OF_REACHING = (
+    "of peak: of the operations in a second that large products of matrices reach on this device, in float32 on a CPU, "
+    "in bfloat16 on a GPU; a rung with fewer bits can do more"
+)
 
 
 def plain(text: str) -> str:
@@ -104,6 +110,21 @@ def writes(report: Report) -> bool:
 def main_cell(row: Row) -> Cell | None:
     """What was timed at the objective's batch."""
     return next((cell for cell in row.cells if cell.batch == row.batch and cell.lengths == "all"), None)
+
+
+def reaches(report: Report) -> bool:
+    """Whether it is known of what the device can multiply."""
+    return any(cell.share_of_peak is not None for row in report.rows for cell in row.cells)
+
+
+def bounded_by(report: Report) -> tuple[str, ...]:
+    """Columns of a cell beside its times: what it is near to."""
+    return WRITING if writes(report) else REACHING if reaches(report) else ()
+
+
+def nearness(report: Report, cell: Cell) -> tuple[str, ...]:
+    """What stands under `bounded_by`."""
+    return writing(cell) if writes(report) else (share(cell.share_of_peak),) if reaches(report) else ()
 
 
 def items_of(cell: Cell) -> str:

@@ -32,6 +32,8 @@ class Cell(msgspec.Struct, frozen=True):
         pairs: of runs, one of each side; the ratio is the median of theirs.
         prefill_ms, tokens_per_s: of a language model: until the first token of all items, and what it writes after it.
         share_of_bandwidth: of what the memory could deliver, if a step read the weights and nothing else.
+        share_of_peak: of the operations per second that large products of matrices reach, those of padding not counted;
+            of a model that encodes.
         lengths: which items: ``all``, the ``short`` third of the samples or the ``long`` one.
         length: median tokens of these, where there are tokens.
     """
@@ -47,6 +49,7 @@ class Cell(msgspec.Struct, frozen=True):
     prefill_ms: float | None = None
     tokens_per_s: float | None = None
     share_of_bandwidth: float | None = None
+    share_of_peak: float | None = None
     lengths: str = "all"
     length: int | None = None
 
