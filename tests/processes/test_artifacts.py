@@ -293,6 +293,7 @@ def test_a_classifier_is_as_sure_of_the_same_labels(classified: Path, tmp_path: 
         assert not drift.breaches(measured, {"kl_mean": report["budget"]["kl_mean"], "flips": 0.0}), measured
 
 
+@pytest.mark.long
 def test_a_regression_gives_the_same_numbers(tmp_path: Path, minilm: Path) -> None:
     """Built here as the ladder's processes do it."""
     source = classifier(tmp_path / "source", minilm, num_labels=1, problem_type="regression")

@@ -159,6 +159,7 @@ def shell(command: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_another_model_of_the_same_name_is_noticed_and_everything_is_indexed_anew(tmp_path: Path) -> None:
     write(tmp_path / "texts", TEXTS)
     folder = str(tmp_path / "texts")
@@ -223,6 +224,7 @@ def test_a_worker_that_is_killed_while_it_indexes_leaves_every_file_indexed_once
 
 
 @pytest.mark.usefixtures("needs_proc")
+@pytest.mark.long
 def test_a_restart_in_the_middle_ends_no_index(tmp_path: Path) -> None:
     write(tmp_path / "texts", {f"{number:03}.txt": f"Number {number}." for number in range(4 * MOST_FILES)})
     with small(tmp_path, "--shutdown-grace-s", "2") as server:
