@@ -49,7 +49,7 @@ endif
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 # The long forms: ten minutes of chaos by seed, how often verdicts on leaks and findings are wrong, ten seeded rounds of the
 # property tests and of what kills something.

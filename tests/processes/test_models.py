@@ -126,3 +126,16 @@ def test_a_port_in_use_is_said_before_anything_loads(zoo: Server) -> None:
     )
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {zoo.port}" in done.stderr
+
+
+def test_no_front_end_holds_torch(zoo: Server, needs_proc: None) -> None:
+    """Also not when the user's file begins with ``import torch``."""
+    assert zoo.predict(2, "/models/doubler/predict").json()["prediction"] == 4
+
+    def libraries(slot: str) -> str:
+        return Path(f"/proc/{zoo.pid_of(slot)}/maps").read_text()
+
+    assert "libtorch" in libraries("worker.doubler.0")
+    assert "libtorch" not in libraries("http.0")
+    assert "libtorch" not in libraries("worker.shout.0"), "a model without torch is served without torch"
+    assert "libtorch" not in Path(f"/proc/{zoo.process.pid}/maps").read_text()

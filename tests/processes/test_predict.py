@@ -140,16 +140,3 @@ def test_health_metrics_and_docs(demo: Server) -> None:
         assert asset in page
         assert demo.client.get(asset).status_code == 200
     assert "http" not in page.replace("headrace API", ""), "the page works without the internet"
-
-
-def test_no_front_end_holds_torch(zoo: Server, needs_proc: None) -> None:
-    """Also not when the user's file begins with ``import torch``."""
-    assert zoo.predict(2, "/models/doubler/predict").json()["prediction"] == 4
-
-    def libraries(slot: str) -> str:
-        return Path(f"/proc/{zoo.pid_of(slot)}/maps").read_text()
-
-    assert "libtorch" in libraries("worker.doubler.0")
-    assert "libtorch" not in libraries("http.0")
-    assert "libtorch" not in libraries("worker.shout.0"), "a model without torch is served without torch"
-    assert "libtorch" not in Path(f"/proc/{zoo.process.pid}/maps").read_text()
