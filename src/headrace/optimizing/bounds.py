@@ -10,9 +10,8 @@ from typing import Any
 
 import msgspec
 
-from headrace.artifact import Subject
 from headrace.clock import perf_counter
-from headrace.runners import collate
+from headrace.runners.collate import Item
 from headrace.runners.way import Way
 
 _TIMES = 5
@@ -30,8 +29,10 @@ class Operations(msgspec.Struct, frozen=True):
     counted: list[float] = []
 
     def of(self, length: int) -> float:
-        """At any length, by the parabola through what was counted (Lagrange): the layers of a transformer grow with
-        the length, its attention with the square."""
+        """At any length between these, by the parabola through what was counted (Lagrange).
+
+        The layers of a transformer grow with the length, its attention with the square.
+        """
         found = 0.0
         for here, count in zip(self.lengths, self.counted, strict=True):
             for other in self.lengths:
@@ -41,22 +42,26 @@ class Operations(msgspec.Struct, frozen=True):
         return found
 
 
-def operations(way: Way, items: Sequence[collate.Item], subject: Subject) -> Operations:
-    """Count what a torch module does with its shortest, its median and its longest item."""
+def operations(way: Way, items: Sequence[Item], lengths: Sequence[int]) -> Operations:
+    """Count what a torch module does with its shortest, its median and its longest item.
+
+    Args:
+        lengths: of the items.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    by_length = {collate.length(item, subject): item for item in items}
-    ordered = sorted(collate.length(item, subject) for item in items)
-    lengths = sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
+    by_length = dict(zip(lengths, items, strict=True))
+    ordered = sorted(lengths)
+    chosen = sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
     counted = []
     try:
-        for length in lengths:
+        for length in chosen:
             with FlopCounterMode(display=False) as counter:
                 way.answer([by_length[length]])
             counted.append(float(counter.get_total_flops()))
     except Exception:  # what a user's own operators do under a counter is not known, and nothing depends on it
         return Operations()
-    return Operations(lengths, counted) if all(counted) else Operations()
+    return Operations(chosen, counted) if all(counted) else Operations()
 
 
 def operations_per_s(device: str, threads: int) -> float:

@@ -230,7 +230,7 @@ class _Asked:
             np.savez(command["file"], **outputs)  # type: ignore[arg-type]
             return {"file": command["file"]}
         if command["do"] == "operations":
-            return asdict(bounds.operations(self._way, self._items.all, self._items.subject))
+            return asdict(bounds.operations(self._way, self._items.all, self._items.lengths))
         return {"peak_bytes": _peak_bytes()}
 
     def _time(self, batches: list[list[collate.Item]], least_s: float) -> dict[str, Any]:

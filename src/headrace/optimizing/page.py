@@ -114,25 +114,14 @@ def _missing(report: Report) -> list[str]:
 def _cells(report: Report) -> list[str]:
     if not any(row.cells for row in report.rows):
         return []
-    more = summary.bounded_by(report)
-    numbers = ["items a call", "which", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *more, "pairs"]
     lines = (line for row in report.rows for line in _cells_of(row, report))
-    return ["<h2>By batch size and length</h2>", *_table(["rung"], numbers, lines)]
+    return ["<h2>By batch size and length</h2>", *_table(["rung"], summary.cell_heads(report), lines)]
 
 
 def _cells_of(row: Row, report: Report) -> Iterable[str]:
     for index, cell in enumerate(row.cells):
         first = f'<th scope="rowgroup" rowspan="{len(row.cells)}">{_text(row.rung)}</th>' if index == 0 else ""
-        alone = row.status == "baseline"
-        numbers = [
-            str(cell.batch),
-            summary.items_of(cell),
-            "1×" if alone else summary.speed(cell.ratio, cell.interval),
-            "1×" if alone else summary.speed(cell.cpu_ratio, None),
-            *(summary.number(each) for each in (cell.p50_ms, cell.p95_ms, cell.throughput)),
-            *summary.nearness(report, cell),
-            str(cell.pairs),
-        ]
+        numbers = summary.cell_values(report, row, cell)
         yield f"<tr>{first}{''.join(_cell(each, 'number') for each in numbers)}</tr>"
 
 

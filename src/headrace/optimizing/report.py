@@ -142,29 +142,8 @@ def as_markdown(report: Report) -> str:
 
 
 def _cells(report: Report) -> list[str]:
-    ratios = ["speed-up", "by processor time"]
-    head = [
-        "rung",
-        "items a call",
-        "which",
-        *ratios,
-        "p50 ms",
-        "p95 ms",
-        "items/s",
-        *summary.bounded_by(report),
-        "pairs",
-    ]
-    found = []
-    for row in report.rows:
-        for cell in row.cells:
-            measured = (cell.p50_ms, cell.p95_ms, cell.throughput)
-            ratios = [summary.speed(cell.ratio, cell.interval), summary.speed(cell.cpu_ratio, None)]
-            if row.status == "baseline":
-                ratios = ["1×", "1×"]
-            near = summary.nearness(report, cell)
-            which = (row.rung, str(cell.batch), summary.items_of(cell))
-            found.append([*which, *ratios, *map(summary.number, measured), *near, str(cell.pairs)])
-    return _table(head, found)
+    rows = [[row.rung, *summary.cell_values(report, row, cell)] for row in report.rows for cell in row.cells]
+    return _table(["rung", *summary.cell_heads(report)], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

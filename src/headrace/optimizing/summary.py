@@ -117,14 +117,25 @@ def reaches(report: Report) -> bool:
     return any(cell.share_of_peak is not None for row in report.rows for cell in row.cells)
 
 
-def bounded_by(report: Report) -> tuple[str, ...]:
-    """Columns of a cell beside its times: what it is near to."""
-    return WRITING if writes(report) else REACHING if reaches(report) else ()
+def cell_heads(report: Report) -> list[str]:
+    """Columns of what was timed, beside the rung's name."""
+    near = WRITING if writes(report) else REACHING if reaches(report) else ()
+    return ["items a call", "which", "speed-up", "by processor time", "p50 ms", "p95 ms", "items/s", *near, "pairs"]
 
 
-def nearness(report: Report, cell: Cell) -> tuple[str, ...]:
-    """What stands under `bounded_by`."""
-    return writing(cell) if writes(report) else (share(cell.share_of_peak),) if reaches(report) else ()
+def cell_values(report: Report, row: Row, cell: Cell) -> list[str]:
+    """What stands under `cell_heads`."""
+    near = writing(cell) if writes(report) else (share(cell.share_of_peak),) if reaches(report) else ()
+    alone = row.status == "baseline"
+    return [
+        str(cell.batch),
+        items_of(cell),
+        "1×" if alone else speed(cell.ratio, cell.interval),
+        "1×" if alone else speed(cell.cpu_ratio, None),
+        *(number(each) for each in (cell.p50_ms, cell.p95_ms, cell.throughput)),
+        *near,
+        str(cell.pairs),
+    ]
 
 
 def items_of(cell: Cell) -> str:
