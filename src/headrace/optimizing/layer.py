@@ -51,8 +51,10 @@ def too_slow(
         most_slower: how many times as long a layer may take.
     """
     words = [word for word in recipe if word in WORDS]
+    if not {"compile", "regional"}.isdisjoint(recipe):  # compiled, the same steps become others
+        return ""
     layer = _commonest(module)
-    if layer is None or not words or "compile" in recipe:  # compiled, the same steps become others
+    if layer is None or not words:
         return ""
     changed = recipes.apply(words, torch.nn.Sequential(copy.deepcopy(layer)), "cpu")
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(words[0], torch.float32)

@@ -179,13 +179,14 @@ _ALL = [
     Rung("nf4", recipe=["sdpa", "nf4"], needs=[("bitsandbytes", "quant")]),
     Rung(
         "fp8",
-        recipe=["sdpa", "bf16", "fp8", "reduce-overhead"],
+        recipe=["sdpa", "bf16", "fp8", "regional", "graphs"],
         needs=_QUANT,
         where="cuda",
         probe=_capability(8.9, "8-bit floats"),
     ),
     Rung("aot", "aot", recipe=["sdpa"], probe=_compiler),
     Rung("compile", recipe=["sdpa", "compile"], probe=_compiler),
+    Rung("regional", recipe=["sdpa", "regional"], probe=_compiler),
     Rung("kv-off", recipe=["kv-off"]),
     Rung("kv-static", recipe=["sdpa", "kv-static"]),
     Rung("graphs", recipe=["sdpa", "graphs"], where="cuda"),
@@ -203,9 +204,9 @@ _ON_CPU = [
 ]
 _ON_CUDA = [
     *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
-    *("bf16+graphs", "bf16+compile+graphs", "varlen", "varlen+compile", "bf16+aot", "torchao-int8+compile"),
-    # 8-bit floats last: on an H100 with torch 2.11 they were not compiled within 150 s.
-    *("torchao-int4", "nf4", "ort", "tensorrt", "fp8"),
+    *("bf16+graphs", "bf16+compile+graphs", "varlen", "varlen+compile", "bf16+aot"),
+    # Of 8 bits, layers are compiled one for all: as a whole neither was compiled within 150 s on an H100 (torch 2.11).
+    *("fp8", "bf16+torchao-int8+regional+graphs", "torchao-int4", "nf4", "ort", "tensorrt"),
 ]
 
 
@@ -268,6 +269,7 @@ def _in_order(words: list[str]) -> list[str]:
         "kv-static",
         "varlen",
         "compile",
+        "regional",
         "reduce-overhead",
         "max-autotune",
         "graphs",

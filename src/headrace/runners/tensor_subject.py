@@ -24,7 +24,7 @@ from headrace.runners.opened import Instance, Opened
 _MASK = "attention_mask"
 _FIXED = "the graph of an exported program is fixed"
 _LAYERS = ("torch-int8-dynamic", "torchao-int8", "torchao-int8-weights", "torchao-int4", "nf4", "fp8")
-_COMPILES = ("compile", "reduce-overhead", "max-autotune")
+_COMPILES = ("compile", "regional", "reduce-overhead", "max-autotune")
 _BATCHABLE = "torch.export.export(…, dynamic_shapes={'x': {0: torch.export.Dim('items')}})"
 
 

@@ -127,7 +127,8 @@ def _writing(module: Any, words: list[str], device: str) -> Way:
     from headrace.runners import recipes
     from headrace.runners.decoder import TorchLanguage
 
-    if left := [word for word in words if word in (recipes.PACKED, recipes.VARLEN, *recipes.BY_SHAPE)]:
+    encoding = {recipes.PACKED, recipes.VARLEN, recipes.REGIONAL, *recipes.BY_SHAPE}
+    if left := [word for word in words if word in encoding]:
         raise Unavailable(f"{left[0]} is for models that encode; a step of a language model: kv-static+compile")
     caches = [word for word in words if word in recipes.CACHES] or ["kv-dynamic"]
     if len(caches) > 1:
