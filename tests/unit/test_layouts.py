@@ -48,6 +48,17 @@ def test_what_lay_there_before_is_gone() -> None:
         np.testing.assert_array_equal(places[name], value)
 
 
+@pytest.mark.parametrize("lengths", [(32, 31), (20, 3), (1,), (64,)])
+def test_a_shortened_batch_has_padding_and_no_item_without_tokens(lengths: tuple[int, ...]) -> None:
+    layout = Padded(TEXT)
+    places = laid_out(layout, batch(*lengths))
+    layout.shorten(places)
+    assert places["attention_mask"][0, -1] == 0
+    assert (places["attention_mask"].sum(1) > 0).all()
+    layout.fill(places, batch(*lengths))
+    np.testing.assert_array_equal(places["attention_mask"], laid_out(layout, batch(*lengths))["attention_mask"])
+
+
 @pytest.mark.parametrize("lengths", [(5,), (20, 3, 11), (1, 1, 1, 1, 1), (97, 64, 2)])
 def test_a_ragged_batch_holds_each_token_once_and_finds_it_again(lengths: tuple[int, ...]) -> None:
     given = batch(*lengths)

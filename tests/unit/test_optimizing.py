@@ -17,7 +17,8 @@ from headrace import cgroups
 from headrace.cgroups import Limits
 from headrace.errors import ConfigError
 from headrace.optimizing import bounds, drift, measure, process, rungs, summary
-from headrace.optimizing.ladder import Wish, choose, climb, judge, simplicity
+from headrace.optimizing.choice import choose, judge, outdone, simplicity
+from headrace.optimizing.ladder import Wish, climb
 from headrace.optimizing.samples import divide, read
 from headrace.optimizing.words import Cell, Noise, Row
 from headrace.runners.collate import near_lengths
@@ -139,6 +140,22 @@ def test_memory_is_an_objective_of_its_own() -> None:
     assert judge(row("nf4", 0.5, 0.4, 0.6, peak_bytes=100), {}, "memory", base, QUIET)[0] == "ok"
     assert judge(row("ort", 3, 2, 4, peak_bytes=199), {}, "memory", base, QUIET)[0] == "not_faster"
     assert choose([row("nf4", peak_bytes=100), row("bf16", peak_bytes=120)], "memory", QUIET) == "nf4"
+
+
+def test_few_bits_that_are_slower_than_half_precision_are_not_faster() -> None:
+    rows = [
+        row("bf16", 4.0, 3.8, 4.2),
+        row("bf16+compile+graphs", 9.5, 9.0, 9.9),
+        row("bf16+torchao-int8+regional+graphs", 5.5, 5.2, 5.9),
+        row("ort-int8-dynamic", 8.9, 8.5, 9.1),  # its interval reaches into the other's
+        row("nf4", 2.0, 1.9, 2.1, status="inaccurate"),
+        row("compile", 2.0, 1.9, 2.1),
+    ]
+    (slower,) = outdone(rows, "latency", QUIET)
+    assert (slower.rung, slower.status) == ("bf16+torchao-int8+regional+graphs", "not_faster")
+    assert slower.reason == "5.50 times the baseline's speed, and bf16+compile+graphs is 9.50 times as fast"
+    assert outdone(rows, "memory", QUIET) == []
+    assert outdone(rows[2:], "latency", QUIET) == []
 
 
 def test_the_best_is_chosen_and_among_equals_the_simplest() -> None:

@@ -18,11 +18,11 @@ from headrace.artifact import Subject, TensorSpec
 from headrace.errors import LoadError, Unavailable
 from headrace.optimizing import compiled, export, layer, rungs
 from headrace.optimizing.child import MACHINE, Job
+from headrace.optimizing.choice import simplicity
 from headrace.optimizing.export_aot import settings
-from headrace.optimizing.ladder import simplicity
 from headrace.optimizing.pack import requires
 from headrace.optimizing.smoothing import smooth
-from headrace.runners import collate, engines
+from headrace.runners import collate, engines, recipes
 
 FLAGS = sorted(rungs.PORTABLE | {"avx512f", "avx512_vnni", "x86_64"})
 INSTALLED = dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao", "bitsandbytes"), "1")
@@ -64,7 +64,7 @@ def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(rung: str,
     assert rungs.find(rung).missing(MACHINE_HERE) == ""
 
 
-@pytest.mark.parametrize("rung", ["aot", "compile", "torch-int8-static", "bf16+compile"])
+@pytest.mark.parametrize("rung", ["aot", "compile", "regional", "torch-int8-static", "bf16+compile"])
 def test_without_a_compiler_nothing_is_compiled(rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert rungs.find(rung).missing(MACHINE_HERE) == "there is no C++ compiler, no-such-compiler: apt install g++"
@@ -223,6 +223,60 @@ def test_a_package_is_loaded_as_it_is_and_answers(rung: str, tmp_path: Path, mon
     monkeypatch.setenv("PATH", "")  # to load it takes no compiler
     found = error(engines.open_aot(tmp_path / "files", "cpu", ["x"]))
     assert found < 1e-5 if rung == "aot" else 0 < found < 0.08
+
+
+# ── layers compiled one for all ──
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for linear in self.inner:
+            x = torch.relu(linear(x)) + x
+        return x
+
+
+class Stack(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(5))
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the compiler's own modules
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_repeated_layers_are_compiled_once_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: Any
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    stack = Stack().eval()
+    with torch.inference_mode(), compiled.watched(["regional"]) as check:
+        x = torch.randn(3, 7, 32)  # what layers are given has been computed
+        wanted = stack(x)
+        found = recipes.apply(["regional"], stack, "cpu")
+        torch.testing.assert_close(found(x), wanted)
+        found(torch.randn(5, 11, 32))
+        check()
+    assert fresh_compiler.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's, of itself and of torch
+def test_of_layers_alike_only_they_are_quantised_and_without_any_it_is_said() -> None:
+    pytest.importorskip("torchao")
+    found = recipes.apply(["torchao-int8-weights", "regional"], Stack(), "cpu")
+    plain = {name for name, each in found.named_modules() if type(getattr(each, "weight", 0)) is torch.nn.Parameter}
+    assert plain == {"head"}
+    with pytest.raises(Unavailable, match="no list of layers that are alike"):
+        recipes.apply(["regional"], Attending(), "cpu")
 
 
 # ── what ends a rung early ──

@@ -21,9 +21,10 @@ from headrace import stats
 from headrace.clock import perf_counter, wall
 from headrace.config import usable_cpus
 from headrace.errors import ConfigError, Fault, LoadError, from_fault
-from headrace.optimizing import drift, measure, predicted, rungs, summary
+from headrace.optimizing import measure, predicted, rungs
 from headrace.optimizing.bounds import Operations
 from headrace.optimizing.child import MACHINE, Items, Job
+from headrace.optimizing.choice import choose, judge, outdone
 from headrace.optimizing.comparison import Comparison
 from headrace.optimizing.process import Failed, Process, usual_cap
 from headrace.optimizing.samples import divide
@@ -35,11 +36,8 @@ from headrace.version import __version__
 
 Objective = Literal["latency", "throughput", "memory"]
 
-# A gain below this is not worth another way to run a model.
-LEAST_GAIN = 1.05
 # An A/A control that is off by more says that the machine is too busy for wall time.
 MOST_NOISE = 0.05
-_WIDE = 0.2
 # Pairs of runs by batch size. Writing takes long: two sizes, and few texts at whose ends distributions are compared.
 _ROUNDS = {1: 12, 8: 8, 32: 6}
 _ROUNDS_OF_WRITING = {1: 6, 8: 5}
@@ -185,6 +183,8 @@ class _Climb:
             for rung in self.wanted:
                 if rung.id != rungs.BASELINE and not self._is_done(rung.id):
                     self._keep(self._try(rung, baseline, noise))
+            for row in outdone(list(self.rows.values()), self.wish.objective, noise):
+                self._keep(row)
             self._time_baseline()
         except Failed as failed:
             raise LoadError(
@@ -425,55 +425,6 @@ class _Climb:
 class _Kept(msgspec.Struct):
     key: str
     rows: list[Row]
-
-
-def judge(
-    row: Row, budget: Mapping[str, float], objective: str, rows: Mapping[str, Row], noise: Noise
-) -> tuple[str, str]:
-    """Status and reason of a measured rung."""
-    broken = drift.breaches(row.drift, budget)
-    if broken:
-        return "inaccurate", broken
-    if objective == "memory":
-        base = rows[rungs.BASELINE].peak_bytes or 0
-        if (row.peak_bytes or 0) * LEAST_GAIN < base:
-            return "ok", ""
-        return "not_faster", f"takes {(row.peak_bytes or 0) / max(base, 1):.2f} of the baseline's memory"
-    ratio, low, high = standing(row, noise)
-    if low > LEAST_GAIN:
-        return "ok", "ranked by processor time: the machine is too busy for wall time" if noise.noisy else ""
-    if ratio > LEAST_GAIN and high - low > _WIDE:
-        return "noisy", f"between {low:.2f} and {high:.2f} times the baseline's speed: cannot tell"
-    return "not_faster", f"{ratio:.2f} times the baseline's speed"
-
-
-def standing(row: Row, noise: Noise) -> tuple[float, float, float]:
-    """How many times as fast as the baseline a rung was at the objective's batch, with its interval: by wall time, on a
-    machine too busy for that by processor time."""
-    cell = summary.main_cell(row)
-    assert cell is not None, "only what was timed is judged"
-    scale = cell.cpu_ratio / cell.ratio if noise.noisy else 1.0
-    low, high = cell.interval
-    return cell.ratio * scale, low * scale, high * scale
-
-
-def choose(rows: Sequence[Row], objective: str, noise: Noise) -> str:
-    """The best row for an objective; of those that are as good within their intervals, the simplest."""
-    fit = [row for row in rows if row.status == "ok"]
-    if not fit:
-        return rungs.BASELINE
-    if objective == "memory":
-        return min(fit, key=lambda row: row.peak_bytes or 0).rung
-    stand = {row.rung: standing(row, noise) for row in fit}
-    _, least, _ = max(stand.values())
-    equals = [rung for rung, (ratio, _, _) in stand.items() if ratio >= least]
-    return min(equals, key=simplicity)
-
-
-def simplicity(ident: str) -> tuple[int, int]:
-    """Less is simpler: few parts, then what stands early on the ladder."""
-    parts = ident.split("+")
-    return len(parts), max(list(rungs.RUNGS).index(part) for part in parts)
 
 
 def default_work(out: Path) -> Path:

@@ -9,21 +9,11 @@ from collections.abc import Sequence
 
 from headrace.errors import LoadError
 from headrace.optimizing import summary
-from headrace.optimizing.rungs import BASELINE, Rung, find
+from headrace.optimizing.rungs import BASELINE, BITS, Rung, find
 from headrace.optimizing.words import Predicted
 from headrace.runners.parameters import Counted
 
 _FLOAT_BITS = 32.0
-# Of a linear layer's weight, with the scales of its blocks: torchao's blocks of 128 have a scale and a zero of 16 bits;
-# NF4's of 64 have a scale of 8 bits, and 256 of those one of 32; ONNX Runtime's of 32 have a scale of 32 bits.
-_BITS = {
-    "torch-int8-dynamic": 8.0,
-    "torchao-int8": 8.0,
-    "torchao-int8-weights": 8.0,
-    "torchao-int4": 4 + 32 / 128,
-    "nf4": 4 + 8 / 64 + 32 / (64 * 256),
-    "fp8": 8.0,
-}
 _SCALE_BITS = 32 / 32
 
 
@@ -35,9 +25,8 @@ def predict(counted: Counted, wanted: Sequence[Rung], device: str, memory_bytes:
 
 def weights_bytes(counted: Counted, rung: Rung) -> int:
     """Of all weights: linear layers with the rung's bits, tables and all else as floats, where it is so."""
-    halved = not {"bf16", "fp16"}.isdisjoint(rung.recipe)
-    floats = _FLOAT_BITS / 2 if halved else _FLOAT_BITS
-    bits = next((_BITS[word] for word in rung.recipe if word in _BITS), None)
+    floats = _FLOAT_BITS / 2 if rung.halved else _FLOAT_BITS
+    bits = next((BITS[word] for word in rung.recipe if word in BITS), None)
     quantize = rung.options.get("quantize", "")
     if quantize == "weights":
         bits = rung.options["bits"] + _SCALE_BITS

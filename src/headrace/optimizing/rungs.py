@@ -45,6 +45,18 @@ class Machine(msgspec.Struct, frozen=True):
     operations_per_s: float = 0.0
 
 
+# Of a linear layer's weight, with the scales of its blocks: torchao's blocks of 128 have a scale and a zero of 16 bits;
+# NF4's of 64 have a scale of 8 bits, and 256 of those one of 32; ONNX Runtime's of 32 have a scale of 32 bits.
+BITS = {
+    "torch-int8-dynamic": 8.0,
+    "torchao-int8": 8.0,
+    "torchao-int8-weights": 8.0,
+    "torchao-int4": 4 + 32 / 128,
+    "nf4": 4 + 8 / 64 + 32 / (64 * 256),
+    "fp8": 8.0,
+}
+
+
 @dataclass(frozen=True)
 class Rung:
     """One way to run the model.
@@ -68,6 +80,16 @@ class Rung:
     probe: Probe = lambda machine: ""
     calibrated: bool = False
     builders: Sequence[tuple[str, str]] = ()
+
+    @property
+    def halved(self) -> bool:
+        """Whether it computes in floats of 16 bits."""
+        return not {"bf16", "fp16"}.isdisjoint(self.recipe)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights, at least, have 8 bits or fewer."""
+        return not BITS.keys().isdisjoint(self.recipe) or bool(self.options.get("quantize"))
 
     def missing(self, machine: Machine) -> str:
         """Why it cannot be built on this machine, with what to do; empty if it can."""
@@ -204,8 +226,8 @@ _ON_CPU = [
 ]
 _ON_CUDA = [
     *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
-    *("bf16+graphs", "bf16+compile+graphs", "varlen", "varlen+compile", "bf16+aot"),
-    # Of 8 bits, layers are compiled one for all: as a whole neither was compiled within 150 s on an H100 (torch 2.11).
+    *("bf16+graphs", "bf16+compile+graphs", "bf16+regional+graphs", "varlen", "varlen+compile", "bf16+aot"),
+    # In 8 bits layers are compiled one for all: as a whole it took over 150 s on an H100 (torch 2.11).
     *("fp8", "bf16+torchao-int8+regional+graphs", "torchao-int4", "nf4", "ort", "tensorrt"),
 ]
 

@@ -91,6 +91,9 @@ class _Graph:
             self.places[name] = whole[first:last].view(dtype).reshape(shape)
             inputs[name] = self._there[first:last].view(torch.from_numpy(self.places[name]).dtype).view(shape)
         layout.fill(self.places, batch)
+        # transformers leaves a mask out that masks nothing, but not of what is captured: without padding, the warm-up
+        # would go, and be compiled for, another way.
+        layout.shorten(self.places)
         self._there.copy_(self._host)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))

@@ -31,6 +31,10 @@ class Layout(Protocol):
         """Write the batch to its places."""
         ...
 
+    def shorten(self, places: Places) -> None:
+        """Make the first item of what lies in the places shorter than the longest it could be, where that shows."""
+        ...
+
 
 class Padded:
     """One row per item, filled up: rows to a power of two, lengths to the next of 16, 32, 64, 96, 128, …"""
@@ -66,6 +70,11 @@ class Padded:
                 place[:items] = value
             # The first item again rather than zeros: attention over nothing is no number.
             place[items:] = place[:1]
+
+    def shorten(self, places: Places) -> None:
+        for spec in self._specs:
+            if spec.mask and places[spec.name].shape[1] > 1:
+                places[spec.name][0, -1] = 0
 
 
 class Ragged:
@@ -106,6 +115,9 @@ class Ragged:
         places["attention_mask"][:items, :length] = mask
         places["rows"][:] = 0
         places["rows"][:items, :length] = np.where(mask, positions + (ends - sizes)[:, None], 0)
+
+    def shorten(self, places: Places) -> None:
+        """What is captured looks at no padding."""
 
 
 def power_of_two(rows: int) -> int:

@@ -37,14 +37,20 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
             module = _BEFORE[word](module)
     module = module.to(device)
     for word in quantizing:
-        module = _ON_DEVICE[word](module)
+        if REGIONAL in recipe:
+            # Left as it is, what is not compiled would take more kernels than in floats, and a product of few rows a
+            # copy to the host.
+            for layer in _repeated(module):
+                _ON_DEVICE[word](layer)
+        else:
+            module = _ON_DEVICE[word](module)
     if VARLEN in recipe:
         from headrace.runners import varlen
 
         module = varlen.exchange(module, device)
     for word in recipe:
-        if word in _COMPILES:
-            return _COMPILES[word](module, GRAPHS in recipe)
+        if word in COMPILES:
+            return COMPILES[word](module, GRAPHS in recipe)
     return module
 
 
@@ -118,20 +124,25 @@ def _compile_layers(module: torch.nn.Module, by_shape: bool) -> torch.nn.Module:
     On an H100 and of BERT-base's shape that takes 3 s instead of 12, with 8-bit floats 17 s where the whole took more
     than 150; a call takes 5 % longer.
     """
-    repeated = [
+    layers = _repeated(module)
+    _allow_compilations()
+    for layer in layers:
+        layer.compile(dynamic=not by_shape)
+    return module
+
+
+def _repeated(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that a model is a stack of, without those that are parts of others."""
+    found = [
         layer
         for part in module.modules()
         if isinstance(part, torch.nn.ModuleList) and len(part) > 1 and len({type(layer) for layer in part}) == 1
         for layer in part
     ]
-    inner = {each for layer in repeated for each in layer.modules() if each is not layer}
-    if not repeated:
+    if not found:
         raise Unavailable("it has no list of layers that are alike", hint="`compile` takes it as a whole")
-    _allow_compilations()
-    for layer in repeated:
-        if layer not in inner:
-            layer.compile(dynamic=not by_shape)
-    return module
+    inner = {each for layer in found for each in layer.modules() if each is not layer}
+    return [layer for layer in found if layer not in inner]
 
 
 def _compile_by_shape(mode: str) -> Callable[[torch.nn.Module, bool], Any]:
@@ -154,22 +165,30 @@ _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "fp16": lambda module: module.to(torch.float16),
     "torch-int8-dynamic": _quantize_dynamic,
 }
+# torchao would have the compiler try block sizes one after the other for each kernel and shape: on an H100 a layer of
+# 8-bit integers took 34 s and more instead of 6 to compile, and was as fast.
 _ON_DEVICE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
-    "torchao-int8": _torchao(lambda ao: ao.Int8DynamicActivationInt8WeightConfig()),
-    "torchao-int8-weights": _torchao(lambda ao: ao.Int8WeightOnlyConfig()),
+    "torchao-int8": _torchao(lambda ao: ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)),
+    "torchao-int8-weights": _torchao(lambda ao: ao.Int8WeightOnlyConfig(set_inductor_config=False)),
     "torchao-int4": _torchao(
         lambda ao: ao.Int4WeightOnlyConfig(
-            group_size=128, int4_packing_format="tile_packed_to_4d", int4_choose_qparams_algorithm="hqq"
+            group_size=128,
+            int4_packing_format="tile_packed_to_4d",
+            int4_choose_qparams_algorithm="hqq",
+            set_inductor_config=False,
         )
     ),
-    "fp8": _torchao(lambda ao: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())),
+    "fp8": _torchao(
+        lambda ao: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)
+    ),
     "nf4": _nf4,
 }
-_COMPILES: dict[str, Callable[[torch.nn.Module, bool], Any]] = {
+COMPILES: dict[str, Callable[[torch.nn.Module, bool], Any]] = {
     "compile": _compile,
     REGIONAL: _compile_layers,
     **{mode: _compile_by_shape(mode) for mode in sorted(BY_SHAPE)},
 }
+QUANTIZES = ("torch-int8-dynamic", *_ON_DEVICE)
 
 
 def bytes_of(module: Any) -> int:

@@ -17,14 +17,12 @@ import torch
 
 from headrace.artifact import Subject, TensorSpec
 from headrace.errors import ConfigError, InvalidInput, LoadError
-from headrace.runners import archives, collate, module, text, user
+from headrace.runners import archives, collate, module, recipes, text, user
 from headrace.runners.collate import Item
 from headrace.runners.opened import Instance, Opened
 
 _MASK = "attention_mask"
 _FIXED = "the graph of an exported program is fixed"
-_LAYERS = ("torch-int8-dynamic", "torchao-int8", "torchao-int8-weights", "torchao-int4", "nf4", "fp8")
-_COMPILES = ("compile", "regional", "reduce-overhead", "max-autotune")
 _BATCHABLE = "torch.export.export(…, dynamic_shapes={'x': {0: torch.export.Dim('items')}})"
 
 
@@ -115,8 +113,8 @@ def _scripted(path: Path, target: str, task: str, samples: Sequence[Any]) -> Ope
         example = tuple(torch.from_numpy(arrays[name]) for name in names if name in arrays)
         opened.module.model = _Program(archives.as_exported(script, example), guarded=False)
 
-    refuses = dict.fromkeys(_LAYERS, "the layers of a TorchScript archive cannot be exchanged")
-    refuses |= dict.fromkeys(_COMPILES, "torch.compile does not look into a TorchScript archive")
+    refuses = dict.fromkeys(recipes.QUANTIZES, "the layers of a TorchScript archive cannot be exchanged")
+    refuses |= dict.fromkeys(recipes.COMPILES, "torch.compile does not look into a TorchScript archive")
     return dataclasses.replace(opened, archive=path, refuses=refuses, make_exportable=make_exportable)
 
 
@@ -138,7 +136,7 @@ def _exported(path: Path, target: str, task: str, samples: Sequence[Any]) -> Ope
     model = _Program(program, guarded=True)
     opened = _opened(model, list(by_position), target, task, samples, inputs)
     refuses = dict.fromkeys(("bf16", "fp16"), f"{_FIXED}: it was made in float32")
-    refuses |= dict.fromkeys(_LAYERS, f"{_FIXED}: there are no layers that could be exchanged")
+    refuses |= dict.fromkeys(recipes.QUANTIZES, f"{_FIXED}: there are no layers that could be exchanged")
     return dataclasses.replace(opened, archive=path, refuses=refuses, make_exportable=model.unguard)
 
 
