@@ -200,7 +200,10 @@ def test_an_embedded_store_that_runs_is_asked_and_left_alone(data: Path) -> None
     assert found["store"]["status"] == "ok"
     assert "at unix:///" in found["store"]["detail"]
     assert found["store.policy"]["status"] == "ok"
-    assert (found["store.durability"]["status"], "everysec" in found["store.durability"]["detail"]) == ("info", True)
+    detail = found["store.durability"]["detail"]
+    assert (found["store.durability"]["status"], "appendfsync is no;" in detail) == ("info", True)
+    usual = checks("--data-dir", str(data))["store.durability"]
+    assert (usual["status"], "synchronised every second" in usual["detail"]) == ("ok", True)
     again = embedded.ensure(data)
     assert (again.pid, again.started) == (running.pid, False)
 

@@ -3,7 +3,8 @@
     DATA_DIR/lock           held by the server itself, which inherits it: locked exactly as long as the server lives. It
                             holds the path of the server's socket
     DATA_DIR/door           held shared by who is asking for the store, alone by who is about to end it
-    DATA_DIR/keeper.lock    held by the keeper (`keeper.py`), which ends a server that nobody uses
+    DATA_DIR/keeper.lock    held by the keeper (`keeper.py`), which synchronises the data every second and ends a server
+                            that nobody uses
     DATA_DIR/store.log      what the server and the keeper say
     DATA_DIR/appendonlydir  the data
 
@@ -143,7 +144,8 @@ def ensure(
         Unavailable: there is no server program, the disk is full, or the server does not answer in time.
     """
     folder, until = Path(os.path.realpath(data_dir)), monotonic() + timeout_s
-    fsync = "always" if power_safe else "everysec"
+    # What "no" leaves to the operating system the keeper does each second; `keeper.py` says why it is not "everysec".
+    fsync = "always" if power_safe else "no" if _can_keep() else "everysec"
     with _explained(folder), contextlib.ExitStack() as held:
         _make(folder)
         held.enter_context(_door(folder, until))
@@ -298,9 +300,14 @@ def _earlier_path(folder: Path, lock: int) -> Path | None:
     return path if same and os.access(path.parent, os.W_OK | os.X_OK) else None
 
 
+def _can_keep() -> bool:
+    """Not where Python runs inside another program."""
+    return bool(sys.executable)
+
+
 def _start_keeper(folder: Path, lock: int, path: Path, limit_s: float) -> None:
-    arguments = (str(path), str(folder / "door"), f"{min(10.0, limit_s / 6):g}", f"{limit_s:g}")
-    if not sys.executable:  # Python inside another program
+    arguments = (str(path), str(folder), f"{min(10.0, limit_s / 6):g}", f"{limit_s:g}")
+    if not _can_keep():
         _log.warning("no keeper for the store in %s: it goes on when nobody uses it", folder)
         return
     _spawn(folder, lock, sys.executable, "-I", "-S", keeper.__file__, *arguments)
