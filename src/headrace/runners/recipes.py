@@ -87,6 +87,14 @@ def _torchao(make: Callable[[Any], Any]) -> Callable[[torch.nn.Module], torch.nn
     return quantize
 
 
+def _integers(ao: Any) -> Any:
+    if (
+        torch.cuda.is_available()
+    ):  # a product of integers takes its scale along, in a kernel that there is for GPUs only
+        torch._inductor.config.force_fuse_int_mm_with_mul = True
+    return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
 def _nf4(module: torch.nn.Module) -> torch.nn.Module:
     try:
         import bitsandbytes as bnb
@@ -168,7 +176,7 @@ _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
 # torchao would have the compiler try block sizes one after the other for each kernel and shape: on an H100 a layer of
 # 8-bit integers took 34 s and more instead of 6 to compile, and was as fast.
 _ON_DEVICE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
-    "torchao-int8": _torchao(lambda ao: ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)),
+    "torchao-int8": _torchao(_integers),
     "torchao-int8-weights": _torchao(lambda ao: ao.Int8WeightOnlyConfig(set_inductor_config=False)),
     "torchao-int4": _torchao(
         lambda ao: ao.Int4WeightOnlyConfig(
