@@ -42,7 +42,7 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(FIRST) $(OTHERS)
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(WALKING) $(WAITING)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not long" $(WALKING) $(WAITING)
 	$(BIN)/python -m pytest -m "not long" $(ALONE)
 endif
 

@@ -176,6 +176,7 @@ def test_another_model_of_the_same_name_is_noticed_and_everything_is_indexed_ane
         assert counts(run(server, "index", folder)) == {"files": 3, "unchanged": 3}
 
 
+@pytest.mark.long
 def test_a_model_that_makes_no_vectors_is_said(tmp_path: Path) -> None:
     write(tmp_path, {"headrace.toml": '[models.shout]\ntarget = "models:shout"\n'})
     with serving(tmp_path, "headrace.demo", "--config", str(tmp_path / "headrace.toml"), verb="up") as server:
@@ -281,6 +282,7 @@ for number in range(10):
 """
 
 
+@pytest.mark.long
 def test_many_processes_may_make_the_index_and_use_it_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _PROCESS, str(tmp_path / "data")]
     pipe = subprocess.PIPE

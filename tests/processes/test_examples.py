@@ -72,6 +72,7 @@ def test_the_slow_agent_keeps_the_event_loop_at_the_line_that_the_page_names(tmp
     assert f"slow_agent.py:{RATIO} [blocked_loop]" in PAGE
 
 
+@pytest.mark.long
 def test_the_mended_agent_keeps_nobody_waiting(tmp_path: Path) -> None:
     findings = looked_at("mended_agent.py", tmp_path)
     # Neither is a step's way into the journal, which is all that it waits for, taken for something that it asks.

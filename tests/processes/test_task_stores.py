@@ -98,6 +98,7 @@ async def open_service(url: str) -> None:
         pass
 
 
+@pytest.mark.long
 def test_sentinel_promotes_a_replica_in_the_middle_of_a_run(tmp_path: Path, redis_server: str) -> None:
     store = Sentinel(redis_server, tmp_path / "store", replicas=1)
     try:

@@ -332,6 +332,7 @@ def test_an_outage_of_the_store_does_not_end_a_step_nor_block_the_other_places(t
         assert len(play.notes("begin", long)) == 1
 
 
+@pytest.mark.long
 def test_an_outage_longer_than_the_lease_ends_what_runs_and_all_goes_on_afterwards(
     tmp_path: Path, valkey: Valkey
 ) -> None:
@@ -389,6 +390,7 @@ def test_whoever_is_there_revives_the_embedded_store(tmp_path: Path) -> None:
         assert wait_for_end(gateway, ident)["result"] == {"text": "STILL HERE", "length": 10}
 
 
+@pytest.mark.long
 def test_a_store_that_somebody_elses_session_revives_is_where_the_others_look_for_it(tmp_path: Path) -> None:
     with stage(tmp_path) as play:
         gateway = play.start("gateway")
@@ -480,6 +482,7 @@ def test_a_deadline_holds_across_attempts(tmp_path: Path) -> None:
         assert 5.5 < took < 6 + 3, "the second attempt got no time of its own"
 
 
+@pytest.mark.long
 def test_a_deadline_also_ends_a_task_that_nobody_runs(tmp_path: Path) -> None:
     with stage(tmp_path) as play:
         gateway = play.start("gateway")
@@ -492,6 +495,7 @@ def at(text: str) -> float:
     return datetime.datetime.fromisoformat(text).timestamp()
 
 
+@pytest.mark.long
 def test_up_stops_the_store_that_it_started_unless_others_use_it(tmp_path: Path) -> None:
     with stage(tmp_path) as play:
         first = play.start()
