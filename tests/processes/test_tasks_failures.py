@@ -436,12 +436,12 @@ def test_sigterm_lets_tasks_finish_takes_no_new_ones_and_hands_over_the_rest_at_
     with stage(tmp_path, "--lease-s", "30", "--shutdown-grace-s", "7") as play:
         gateway = play.start("gateway")
         leaving = play.start("task worker")
-        short = submit(gateway, "squares", steps=1, pause_s=6)
+        short = submit(gateway, "squares", steps=1, pause_s=4)
         long = submit(gateway, "squares", steps=1, pause_s=25)
         wait_until(lambda: play.notes("begin", short) and play.notes("begin", long), 20, "both run")
-        staying = play.start("task worker")
         leaving.process.terminate()
-        wait_until(lambda: "stopping: 2 tasks run" in leaving.log, 10, "it stops")
+        wait_until(lambda: "stopping: 2 tasks run" in leaving.log, 5, "it stops")
+        staying = play.start("task worker")
         later = [submit(gateway, "squares", steps=1, pause_s=0.1) for _ in range(6)]
         for ident in later:
             assert wait_for_end(gateway, ident)["attempt"] == 1
