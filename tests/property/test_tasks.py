@@ -433,7 +433,7 @@ def url() -> Iterator[str]:
 
 
 def test_tasks_take_legal_ways_only_and_end_once(url: str) -> None:
-    few = settings(max_examples=50, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    few = settings(max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     with asyncio.Runner() as runner:
         # Whatever makes one when it is called will do.
         run_state_machine_as_test(lambda: Tasks(url, runner), settings=few)  # type: ignore[arg-type]

@@ -113,7 +113,7 @@ def test_saturation_is_found_in_both_loops() -> None:
 
     closed = run(main([driver.Level(concurrency=1), driver.Level(concurrency=2)]))
     assert closed.saturation["rate"] == max(level.achieved_rate for level in closed.levels)
-    opened = run(main([driver.Level(rate=50), driver.Level(rate=50_000)]))
+    opened = run(main([driver.Level(rate=50), driver.Level(rate=20_000)]))
     assert opened.saturation["at"] == {"rate": 50}
     assert opened.saturation["reached"]
     fields = {"rate", "achieved_rate", "p50_ms", "p90_ms", "p99_ms", "p999_ms", "errors", "n"}
