@@ -173,6 +173,7 @@ def test_a_model_that_fails_is_reported_once_and_one_that_works_is_not(
         assert watch.messages[0]["groupLabels"]["model"] == "Picky"
 
 
+@pytest.mark.long
 def test_a_long_queue_and_then_a_dead_server_are_reported(tmp_path: Path, programs: dict[str, str]) -> None:
     arguments = ("models:Slow", "--max-batch-size", "1", "--max-queue", "1000")
     with (

@@ -186,6 +186,7 @@ def test_a_rung_whose_layer_is_much_slower_is_given_up_with_its_numbers(
         asked_for.end()
 
 
+@pytest.mark.long
 def test_a_module_in_memory_is_optimised_and_nothing_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,6 +155,7 @@ def test_a_task_that_was_accepted_but_not_queued_is_handed_over_all_the_same(tmp
         assert wait_for_end(server, asyncio.run(accept()))["result"] == {"text": "LOST", "length": 4}
 
 
+@pytest.mark.long
 def test_a_stream_goes_on_at_another_gateway_without_gap_or_repeat(tmp_path: Path) -> None:
     with stage(tmp_path) as play:
         first = play.start()
@@ -356,6 +357,7 @@ def test_an_outage_longer_than_the_lease_ends_what_runs_and_all_goes_on_afterwar
         assert finished_steps([payload for _, payload in watcher.events]) == ["square 0", "square 1"]
 
 
+@pytest.mark.long
 def test_a_store_that_only_hangs_is_an_outage_like_any_other(tmp_path: Path, valkey: Valkey) -> None:
     with stage(tmp_path, "--lease-s", "2", redis_url=valkey.url) as play:
         server = play.start()
@@ -416,6 +418,7 @@ def test_a_store_that_somebody_elses_session_revives_is_where_the_others_look_fo
         play.stop(worker)
 
 
+@pytest.mark.long
 def test_a_gateway_that_finds_no_usable_store_goes_on_when_there_is_one(tmp_path: Path) -> None:
     with stage(tmp_path) as play:
         gateway = play.start("gateway")
