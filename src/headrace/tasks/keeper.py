@@ -7,7 +7,7 @@ it answers, always, so that only a loss of power can take anything; and here the
 
 It is run as a file, without the package and without site-packages, because it lives as long as the server and should
 cost little; so it may import the standard library only, and of that only what is small. `embedded.py` starts it and
-asks its own questions through the same `Connection`. It knows neither the data directory nor how a server is started.
+asks its own questions through the same `Connection`. It does not know how a server is started.
 
     keeper.py SOCKET DATA_DIR INTERVAL_S LIMIT_S
 
