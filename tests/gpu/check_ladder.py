@@ -178,6 +178,7 @@ def main() -> None:
         del result["rows"]
         result["report"] = msgspec.to_builtins(climbed.report)
         result["report"]["environment"]["packages"] = {}
+        result["report"]["target"] = "model"  # the folder it was made in is gone by then
         tell(climbed.report.rows[0])
         print("chosen", climbed.report.chosen, climbed.report.noise, climbed.report.environment["bandwidth"] / 1e12)
         if not writes:
