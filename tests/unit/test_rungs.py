@@ -15,7 +15,7 @@ import torch
 
 from conftest import MODELS
 from headrace.artifact import Subject, TensorSpec
-from headrace.errors import LoadError, Unavailable
+from headrace.errors import ConfigError, LoadError, Unavailable
 from headrace.optimizing import compiled, export, layer, rungs
 from headrace.optimizing.child import MACHINE, Job
 from headrace.optimizing.choice import simplicity
@@ -210,6 +210,21 @@ def test_weights_alone_are_quantised_of_language_models(tmp_path: Path) -> None:
 # ── compiled packages ──
 
 
+def test_a_package_can_be_captured_and_what_torch_does_not_run_cannot() -> None:
+    rung = rungs.find("bf16+aot+graphs")
+    assert (rung.engine, rung.recipe, rung.where) == ("aot", ["sdpa", "bf16", "graphs"], "cuda")
+    with pytest.raises(ConfigError, match=r"ort\+graphs would capture what torch does not run"):
+        rungs.find("ort+graphs")
+
+
+def test_a_crash_of_a_package_names_the_compiler_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/opt/other/g++")
+    assert "compiled by CXX=/opt/other/g++" in rungs.after_crash(rungs.find("bf16+aot"))
+    assert rungs.after_crash(rungs.find("bf16")) == ""
+    monkeypatch.delenv("CXX")
+    assert rungs.after_crash(rungs.find("bf16+aot")) == ""
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("rung", [pytest.param("aot", marks=pytest.mark.long), "torch-int8-static"])
 def test_a_package_is_loaded_as_it_is_and_answers(rung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +236,7 @@ def test_a_package_is_loaded_as_it_is_and_answers(rung: str, tmp_path: Path, mon
     exported(rungs.find(rung), tmp_path / "files")
     assert [path.name for path in (tmp_path / "files").iterdir()] == [engines.AOT_FILE]
     monkeypatch.setenv("PATH", "")  # to load it takes no compiler
-    found = error(engines.open_aot(tmp_path / "files", "cpu", ["x"]))
+    found = error(engines.open_exported("aot", tmp_path / "files", "cpu", 1, SUBJECT))
     assert found < 1e-5 if rung == "aot" else 0 < found < 0.08
 
 

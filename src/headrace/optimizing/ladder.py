@@ -315,7 +315,8 @@ class _Climb:
         except Failed as failed:
             if baseline.ended:  # it is not the rung that failed
                 raise
-            return Row(rung=rung.id, status=failed.status, reason=failed.reason, build_s=round(build_s, 2))
+            reason = failed.reason + (rungs.after_crash(rung) if failed.status == "crashed" else "")
+            return Row(rung=rung.id, status=failed.status, reason=reason, build_s=round(build_s, 2))
         finally:
             process.end()
 

@@ -226,7 +226,7 @@ _ON_CPU = [
 ]
 _ON_CUDA = [
     *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
-    *("bf16+graphs", "bf16+compile+graphs", "bf16+regional+graphs", "varlen", "varlen+compile", "bf16+aot"),
+    *("bf16+graphs", "bf16+compile+graphs", "bf16+regional+graphs", "varlen", "varlen+compile", "bf16+aot+graphs"),
     # In 8 bits layers are compiled one for all: as a whole it took over 150 s on an H100 (torch 2.11).
     *("fp8", "bf16+torchao-int8+regional+graphs", "torchao-int4", "nf4", "ort", "tensorrt"),
 ]
@@ -267,6 +267,8 @@ def find(ident: str) -> Rung:
     if len(places) > 1:
         raise ConfigError(f"{ident} joins what runs on a CPU with what runs on a GPU", field="rungs")
     words = [word for part in parts for word in part.recipe]
+    if "graphs" in words and last.engine not in ("torch", "aot"):
+        raise ConfigError(f"{ident} would capture what torch does not run", field="rungs", hint="aot+graphs")
     return Rung(
         ident,
         last.engine,
@@ -278,6 +280,18 @@ def find(ident: str) -> Rung:
         any(part.calibrated for part in parts),
         [need for part in parts for need in part.builders],
     )
+
+
+def after_crash(rung: Rung) -> str:
+    """What to try where a rung's process was killed.
+
+    A C++ compiler with a library of its own (linked statically, say) makes packages that torch cannot load: on such a
+    machine torch 2.11's loader ended with SIGSEGV for a single linear layer.
+    """
+    compiler = os.environ.get("CXX", "")
+    if rung.engine != "aot" or not compiler:
+        return ""
+    return f"; it was compiled by CXX={compiler}, whose C++ library may not go with torch's: try CXX=g++"
 
 
 def _in_order(words: list[str]) -> list[str]:

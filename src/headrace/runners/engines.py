@@ -6,6 +6,7 @@ An engine takes one array per input and gives one array. Each library is importe
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +29,13 @@ AOT_FILE = "model.pt2"
 _CUDA = "CUDAExecutionProvider"
 
 
-def open_exported(kind: str, directory: Path, device: str, threads: int, subject: Subject) -> Engine:
+def open_exported(
+    kind: str, directory: Path, device: str, threads: int, subject: Subject, *, captured: bool = False
+) -> Engine:
     """What a rung was exported to: onnx, openvino or aot.
+
+    Args:
+        captured: an AOTInductor package runs as CUDA graphs.
 
     Raises:
         Unavailable: the library for it is not installed.
@@ -42,7 +48,13 @@ def open_exported(kind: str, directory: Path, device: str, threads: int, subject
     import torch
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return open_aot(directory, device, [each.name for each in subject.inputs])
+    package = open_aot(directory, device, [each.name for each in subject.inputs], captured=captured)
+    if captured:
+        from headrace.runners.graphs import Captured
+        from headrace.runners.layouts import Padded
+
+        return Captured(package, device, Padded(subject))
+    return module_engine(package, device)
 
 
 def onnx_session(directory: Path, device: str, threads: int) -> Any:
@@ -105,8 +117,12 @@ def open_openvino(directory: Path, device: str, threads: int) -> Engine:
     return run
 
 
-def open_aot(directory: Path, device: str, names: list[str]) -> Engine:
-    """An AOTInductor package. ``names`` are the inputs in the order of the module's parameters.
+def open_aot(directory: Path, device: str, names: list[str], *, captured: bool = False) -> Callable[..., Any]:
+    """An AOTInductor package, called with tensors by name as the module it was made of.
+
+    Args:
+        names: of the inputs, in the order of the module's parameters.
+        captured: its calls can be captured: it then keeps no events of its own, and is for one thread.
 
     Not by `torch._inductor.aoti_load_package`: that imports all of the compiler and tries the C++ compiler on every
     instruction set, seconds of work, only to warn. Whether this processor has what a package needs, its manifest says.
@@ -114,12 +130,10 @@ def open_aot(directory: Path, device: str, names: list[str]) -> Engine:
     import torch
 
     index = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
-    package = torch._C._aoti.AOTIModelPackageLoader(str(directory / AOT_FILE), "model", False, 1, index)
+    package = torch._C._aoti.AOTIModelPackageLoader(str(directory / AOT_FILE), "model", captured, 1, index)
 
-    def run(batch: dict[str, Array]) -> Array:
-        with torch.inference_mode():
-            output = package.boxed_run([torch.from_numpy(batch[name]).to(device) for name in names])
-        return as_array(output)
+    def run(**tensors: Any) -> Any:
+        return package.boxed_run([tensors[name] for name in names])
 
     return run
 

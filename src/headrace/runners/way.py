@@ -159,5 +159,6 @@ def of_files(kind: str, directory: Path, recipe: Sequence[str], device: str, thr
         from headrace.runners.decoder_onnx import OnnxLanguage
 
         return Writing(OnnxLanguage(directory, device, threads), _NEW_TOKENS[device.partition(":")[0]], size)
-    engine = engines.open_exported(kind, directory, device, threads, subject)
+    captured = "graphs" in recipe
+    engine = engines.open_exported(kind, directory, device, threads, subject, captured=captured)
     return Encoding(engine, subject, "packed" in recipe, size)
