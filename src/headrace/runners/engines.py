@@ -29,13 +29,8 @@ AOT_FILE = "model.pt2"
 _CUDA = "CUDAExecutionProvider"
 
 
-def open_exported(
-    kind: str, directory: Path, device: str, threads: int, subject: Subject, *, captured: bool = False
-) -> Engine:
+def open_exported(kind: str, directory: Path, device: str, threads: int, subject: Subject) -> Engine:
     """What a rung was exported to: onnx, openvino or aot.
-
-    Args:
-        captured: an AOTInductor package runs as CUDA graphs.
 
     Raises:
         Unavailable: the library for it is not installed.
@@ -44,17 +39,7 @@ def open_exported(
         return open_onnx(directory, device, threads)
     if kind == "openvino":
         return open_openvino(directory, device, threads)
-    require_torch()
-    import torch
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    package = open_aot(directory, device, [each.name for each in subject.inputs], captured=captured)
-    if captured:
-        from headrace.runners.graphs import Captured
-        from headrace.runners.layouts import Padded
-
-        return Captured(package, device, Padded(subject))
-    return module_engine(package, device)
+    return module_engine(open_aot(directory, device, threads, subject), device)
 
 
 def onnx_session(directory: Path, device: str, threads: int) -> Any:
@@ -117,18 +102,23 @@ def open_openvino(directory: Path, device: str, threads: int) -> Engine:
     return run
 
 
-def open_aot(directory: Path, device: str, names: list[str], *, captured: bool = False) -> Callable[..., Any]:
+def open_aot(
+    directory: Path, device: str, threads: int, subject: Subject, *, captured: bool = False
+) -> Callable[..., Any]:
     """An AOTInductor package, called with tensors by name as the module it was made of.
 
     Args:
-        names: of the inputs, in the order of the module's parameters.
+        subject: its inputs are in the order of the module's parameters.
         captured: its calls can be captured: it then keeps no events of its own, and is for one thread.
 
     Not by `torch._inductor.aoti_load_package`: that imports all of the compiler and tries the C++ compiler on every
     instruction set, seconds of work, only to warn. Whether this processor has what a package needs, its manifest says.
     """
+    require_torch()
     import torch
 
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    names = [each.name for each in subject.inputs]
     index = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
     package = torch._C._aoti.AOTIModelPackageLoader(str(directory / AOT_FILE), "model", captured, 1, index)
 

@@ -159,6 +159,11 @@ def of_files(kind: str, directory: Path, recipe: Sequence[str], device: str, thr
         from headrace.runners.decoder_onnx import OnnxLanguage
 
         return Writing(OnnxLanguage(directory, device, threads), _NEW_TOKENS[device.partition(":")[0]], size)
-    captured = "graphs" in recipe
-    engine = engines.open_exported(kind, directory, device, threads, subject, captured=captured)
+    if "graphs" in recipe:
+        from headrace.runners.graphs import Captured
+        from headrace.runners.layouts import Padded
+
+        package = engines.open_aot(directory, device, threads, subject, captured=True)
+        return Encoding(Captured(package, device, Padded(subject)), subject, "packed" in recipe, size)
+    engine = engines.open_exported(kind, directory, device, threads, subject)
     return Encoding(engine, subject, "packed" in recipe, size)
