@@ -1,13 +1,14 @@
 """Warm up a model and measure which batches suit it here: the numbers that the batcher decides with.
 
 A batch is taken to cost ``fixed + per_token × padded tokens`` seconds. Sizes and lengths are measured in turns, so that
-a slow moment of the machine touches all of them, and the least time of each counts: noise only ever adds.
+a slow moment of the machine touches all of them, and the least time of each counts: noise only ever adds. The first
+batch of a size and length is not timed: what is compiled or captured for it is done once.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +20,9 @@ from headrace.isolation import is_out_of_memory
 LENGTHS = (32, 128)
 ROUNDS = 3
 BUDGET_S = 4.0
+# First batches may take so long in all before no larger ones are tried, and so long to meet the rest of the shapes.
+FIRST_S = 60.0
+SHAPES_S = 30.0
 # The smallest size that reaches this share of the best rate wins: a larger batch only makes its members wait.
 NEAR_BEST = 0.95
 
@@ -45,7 +49,7 @@ def calibrate(
     max_batch_size: int,
     max_batch_tokens: int,
 ) -> Calibration:
-    """Warm the model up and measure it, for about four seconds at most.
+    """Warm the model up and measure it: about four seconds at most, and what the first batch of each shape takes.
 
     Args:
         run: answers a batch; what it raises is passed on, since a model that fails its warm-up must not be served.
@@ -54,15 +58,18 @@ def calibrate(
     """
     run([example(1)])
     items = list({cost(item): item for item in map(example, LENGTHS)}.items())
-    sizes = [*itertools.takewhile(lambda size: size < max_batch_size, (2**k for k in range(20))), max_batch_size]
+    sizes = [*_powers_of_two(max_batch_size), max_batch_size]
     times: dict[tuple[int, int], float] = {}
-    started = perf_counter()
+    first_s = timed_s = 0.0
     for _ in range(ROUNDS):
         for length, item in items:
             for size in sizes:
                 if size > 1 and size * length > max_batch_tokens:
                     break
+                if (new := (length, size) not in times) and size > 1 and first_s > FIRST_S:
+                    break
                 try:
+                    first_s += _time(run, [item] * size) if new else 0.0
                     seconds = _time(run, [item] * size)
                 except Exception as error:
                     # A size that does not fit is an answer, too; a single item that does not is a failed warm-up.
@@ -72,12 +79,48 @@ def calibrate(
                     max_batch_size = sizes[-1]
                     break
                 times[length, size] = min(seconds, times.get((length, size), seconds))
+                timed_s += seconds
                 # A doubled batch takes up to twice as long: stop growing where the rounds would leave the budget.
                 if seconds * 2 * ROUNDS > BUDGET_S / 4:
                     break
-        if perf_counter() - started > BUDGET_S:
+        if timed_s > BUDGET_S:
             break
     return _conclude(times, max_batch_size)
+
+
+def meet_shapes(
+    run: Callable[[list[Any]], list[Any]],
+    example: Callable[[int], Any],
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_batch_tokens: int,
+) -> tuple[int, int]:
+    """Run a batch of each shape that a model is captured, or compiled, for, so that no client waits for that.
+
+    Args:
+        lengths: those that batches are filled up to; their sizes are filled up to powers of two.
+
+    Returns:
+        How many shapes were met within `SHAPES_S`, and how many there are.
+    """
+    sizes = [*_powers_of_two(batch_size), batch_size]
+    shapes = [(size, length) for size in sizes for length in lengths if size * length <= max_batch_tokens or size == 1]
+    started = perf_counter()
+    for met, (size, length) in enumerate(shapes):
+        if perf_counter() - started > SHAPES_S:
+            return met, len(shapes)
+        try:
+            run([example(length)] * size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return met, len(shapes)
+    return len(shapes), len(shapes)
+
+
+def _powers_of_two(below: int) -> Iterator[int]:
+    return itertools.takewhile(lambda size: size < below, (2**k for k in range(20)))
 
 
 def _conclude(times: dict[tuple[int, int], float], max_batch_size: int) -> Calibration:

@@ -55,17 +55,18 @@ def make_encoder(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[str]:
+def serving(*arguments: str, port: int = PORT) -> Iterator[str]:
     log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
     process = subprocess.Popen(
-        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(PORT), "--admin-port", "-1"],
+        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", str(port), "--admin-port", "-1"],
         stdout=log,
         stderr=log,
         cwd=HERE,
     )
     try:
-        wait(lambda: status("/health/ready") == 200 or process.poll() is not None, 120)
-        yield f"http://127.0.0.1:{PORT}"
+        wait(lambda: status("/health/ready", port) == 200 or process.poll() is not None, 120)
+        assert process.poll() is None, "it ended"
+        yield f"http://127.0.0.1:{port}"
     except BaseException:
         log.seek(0)
         print(log.read().decode()[-6000:], file=sys.stderr)
@@ -82,9 +83,9 @@ def wait(condition: Any, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def status(path: str) -> int:
+def status(path: str, port: int = PORT) -> int:
     try:
-        return int(urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=5).status)
+        return int(urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).status)
     except urllib.error.HTTPError as error:
         return error.code
     except OSError:

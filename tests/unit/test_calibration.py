@@ -5,20 +5,25 @@ from typing import Any
 import pytest
 
 from headrace import calibration
-from headrace.calibration import calibrate
+from headrace.calibration import calibrate, meet_shapes
 
 
 class Device:
-    """A device whose time is computed, not spent: the clock of the module under test reads it."""
+    """A device whose time is computed, not spent: the clock of the module under test reads it.
 
-    def __init__(self, fixed_s: float, per_token_s: float, saturates_at: int = 10**9) -> None:
-        self.now, self.fixed_s, self.per_token_s, self.saturates_at = 0.0, fixed_s, per_token_s, saturates_at
+    Args:
+        first_s: what the first batch of a shape takes longer.
+    """
+
+    def __init__(self, fixed_s: float, per_token_s: float, first_s: float = 0.0) -> None:
+        self.now, self.fixed_s, self.per_token_s, self.first_s = 0.0, fixed_s, per_token_s, first_s
         self.batches: list[tuple[int, int]] = []
 
     def run(self, inputs: list[Any]) -> list[Any]:
-        longest = max(map(len, inputs))
-        self.batches.append((len(inputs), longest))
-        self.now += self.fixed_s + self.per_token_s * len(inputs) * longest
+        shape = len(inputs), max(map(len, inputs))
+        self.now += self.first_s * (shape not in self.batches)
+        self.now += self.fixed_s + self.per_token_s * shape[0] * shape[1]
+        self.batches.append(shape)
         return inputs
 
 
@@ -50,6 +55,43 @@ def test_a_slow_model_is_not_measured_for_ever(monkeypatch: pytest.MonkeyPatch) 
     found = measure(device, monkeypatch)
     assert device.now < 20
     assert found.batch_size == 32, "what was not measured stays open"
+
+
+def test_what_is_done_once_for_a_shape_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure(Device(fixed_s=0.0006, per_token_s=1e-6, first_s=0.3), monkeypatch)
+    assert found.batch_size == 32
+    assert found.overhead_tokens == pytest.approx(600, rel=0.01)
+
+
+def test_shapes_that_take_minutes_to_compile_are_not_all_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(fixed_s=0.0006, per_token_s=1e-6, first_s=25.0)
+    found = measure(device, monkeypatch)
+    assert device.now < 25 * 7
+    assert found.batch_size == 32, "what was not measured stays open"
+
+
+def test_each_shape_is_met_once_and_the_token_budget_holds() -> None:
+    device = Device(0, 0)
+    met = meet_shapes(device.run, lambda length: [0] * length, (16, 64), batch_size=6, max_batch_tokens=200)
+    assert met == (6, 6)
+    assert device.batches == [(1, 16), (1, 64), (2, 16), (2, 64), (4, 16), (6, 16)]
+
+
+def test_shapes_are_met_for_half_a_minute_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(0, 0, first_s=12.0)
+    monkeypatch.setattr(calibration, "perf_counter", lambda: device.now)
+    met = meet_shapes(device.run, lambda length: [0] * length, (16, 32, 64), batch_size=8, max_batch_tokens=1000)
+    assert met == (3, 12)
+    assert device.now == 36
+
+
+def test_a_shape_that_does_not_fit_ends_it() -> None:
+    def run(inputs: list[Any]) -> list[Any]:
+        if len(inputs) > 2:
+            raise MemoryError
+        return inputs
+
+    assert meet_shapes(run, lambda length: [0], (16,), batch_size=8, max_batch_tokens=1000) == (2, 4)
 
 
 def test_a_model_that_fails_its_warm_up_is_not_served() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 
 from headrace.artifact import Subject, TensorSpec
 from headrace.core import TextSpec
 from headrace.runners.layouts import Padded, Ragged, laid_out, longer, more_tokens
+from headrace.runners.way import of_module
 
 TEXT = Subject(
     "encoder",
@@ -46,6 +49,20 @@ def test_what_lay_there_before_is_gone() -> None:
     ragged.fill(places, batch(18, 17, 1))
     for name, value in laid_out(ragged, batch(18, 17, 1)).items():
         np.testing.assert_array_equal(places[name], value)
+
+
+def test_lengths_are_those_that_batches_are_filled_up_to() -> None:
+    lengths = Padded(TEXT).lengths()
+    assert lengths == [16, 32, 64, 96, 100]
+    assert all(Padded(TEXT).shape(batch(length))[1] in lengths for length in range(1, 101))
+    assert Ragged(TEXT).lengths() == lengths
+    assert Padded(msgspec.structs.replace(TEXT, text=None)).lengths() == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the compiler's own modules
+def test_a_model_that_is_compiled_by_shape_says_for_which_lengths() -> None:
+    assert of_module(torch.nn.Identity(), ["reduce-overhead"], "cpu", TEXT).lengths == Padded(TEXT).lengths()
+    assert of_module(torch.nn.Identity(), ["sdpa"], "cpu", TEXT).lengths == ()
 
 
 @pytest.mark.parametrize("lengths", [(32, 31), (20, 3), (1,), (64,)])

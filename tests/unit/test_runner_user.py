@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import sys
 import types
@@ -88,6 +89,20 @@ def test_a_type_that_cannot_be_described_is_anything(load: Callable[[Any], Loade
     loaded = load(aliens)
     assert schemas(loaded) == ({"not": {"type": "null"}}, {})
     assert loaded.prepare({"x": 1}) == {"x": 1}
+
+
+def test_partials_and_objects_that_can_be_called_are_described_by_what_they_call(load: Callable[[Any], Loaded]) -> None:
+    def scaled(inputs: list[float], by: int = 1) -> list[float]:
+        return [each * by for each in inputs]
+
+    class Scaler:
+        def __call__(self, inputs: list[float]) -> list[float]:
+            return scaled(inputs, 2)
+
+    for thing in (functools.partial(scaled, by=2), Scaler):
+        loaded = load(thing)
+        assert schemas(loaded) == ({"type": "number"}, {"type": "number"})
+        assert loaded.runner.run([loaded.prepare(3)]) == [6]
 
 
 def test_outputs_are_described_as_they_are_sent(load: Callable[[Any], Loaded]) -> None:

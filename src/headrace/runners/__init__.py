@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Loaded:
         cost: length of a prepared item, at least 1.
         finish: turns one output into a value that can be sent.
         example: makes a prepared item of about the given length, for warm-up; ``None`` if nobody knows one.
+        lengths: to which batches are filled up, of a model that is compiled or captured by shape.
         stream: answers a batch in steps, see `core.Runner`; ``None`` if the model cannot.
     """
 
@@ -44,6 +45,7 @@ class Loaded:
     cost: Callable[[Any], int] = _unit_cost
     finish: Callable[[Any], Any] = _same
     example: Callable[[int], Any] | None = None
+    lengths: Sequence[int] = ()
     stream: Callable[[list[Any]], Iterable[list[Any]]] | None = None
 
 

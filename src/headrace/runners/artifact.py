@@ -238,7 +238,8 @@ def _loaded(directory: Path, manifest: Manifest, runner: _Runner, config: ModelC
         finish = _classify(subject)
     elif subject.task == GENERATE:
         finish = _write(subject, spec.tokenizer)
-    return Loaded(runner, info, cost=text.cost, finish=finish, example=lambda length: ids[:length])
+    lengths = [length for length in runner.way.lengths if length <= spec.max_tokens]
+    return Loaded(runner, info, cost=text.cost, finish=finish, example=lambda length: ids[:length], lengths=lengths)
 
 
 def _platform(manifest: Manifest) -> str:

@@ -35,6 +35,10 @@ class Layout(Protocol):
         """Make the first item of what lies in the places shorter than the longest it could be, where that shows."""
         ...
 
+    def lengths(self) -> list[int]:
+        """To which a batch's items are filled up; none where no longest is known."""
+        ...
+
 
 class Padded:
     """One row per item, filled up: rows to a power of two, lengths to the next of 16, 32, 64, 96, 128, …"""
@@ -75,6 +79,9 @@ class Padded:
         for spec in self._specs:
             if spec.mask and places[spec.name].shape[1] > 1:
                 places[spec.name][0, -1] = 0
+
+    def lengths(self) -> list[int]:
+        return _lengths(self._most)
 
 
 class Ragged:
@@ -118,6 +125,13 @@ class Ragged:
 
     def shorten(self, places: Places) -> None:
         """What is captured looks at no padding."""
+
+    def lengths(self) -> list[int]:
+        return _lengths(self._most)
+
+
+def _lengths(most: int) -> list[int]:
+    return sorted({longer(length, most) for length in range(1, most + 1)})
 
 
 def power_of_two(rows: int) -> int:

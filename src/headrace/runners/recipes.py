@@ -162,7 +162,7 @@ def _compile_by_shape(mode: str) -> Callable[[torch.nn.Module, bool], Any]:
 
 def _allow_compilations() -> None:
     """torch stops at 8; each shape may need one."""
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 256
 
 
 _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {

@@ -163,8 +163,12 @@ def _is_torch_module(thing: Any) -> bool:
 
 def _annotations(run: Callable[..., Any]) -> tuple[Any, Any]:
     """Types of one input and one output of ``run(inputs: list[I]) -> list[O]``; `Any` where it does not say."""
+    # Neither a partial nor an object that can be called has hints of its own.
+    written: Any = run.func if isinstance(run, functools.partial) else run
+    if not inspect.isroutine(written):
+        written = written.__call__
     try:
-        hints = typing.get_type_hints(run, include_extras=True)
+        hints = typing.get_type_hints(written, include_extras=True)
     except NameError:
         return Any, Any
     output = hints.pop("return", Any)

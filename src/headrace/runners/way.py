@@ -11,6 +11,7 @@ from headrace.errors import ConfigError, Unavailable
 from headrace.runners import collate, engines, likelihood
 from headrace.runners.collate import Array, Item
 from headrace.runners.language import Language, left_padded
+from headrace.runners.layouts import Layout, Padded, Ragged
 
 GENERATE = "generate"
 # Of a text, the last tokens at which a language model's distributions are compared.
@@ -26,10 +27,12 @@ class Way(Protocol):
     Args:
         size_bytes: of its files, or of the weights in memory.
         step_bytes: of weights that a language model reads for one token; 0 for others.
+        lengths: to which batches are filled up, where it is compiled or captured by shape.
     """
 
     size_bytes: int
     step_bytes: int
+    lengths: Sequence[int]
 
     def answer(self, items: Sequence[Item]) -> list[Array]:
         """What drift is measured on: an array for each item."""
@@ -45,12 +48,16 @@ class Encoding:
 
     Args:
         grouped: items of nearly one length are run together, group by group.
+        layout: of an engine that is compiled or captured by shape.
     """
 
     step_bytes = 0
 
-    def __init__(self, engine: engines.Engine, subject: Subject, grouped: bool, size_bytes: int) -> None:
+    def __init__(
+        self, engine: engines.Engine, subject: Subject, grouped: bool, size_bytes: int, layout: Layout | None = None
+    ) -> None:
         self.size_bytes = size_bytes
+        self.lengths: Sequence[int] = layout.lengths() if layout else ()
         self._engine = engine
         self._subject = subject
         self._grouped = grouped
@@ -72,6 +79,7 @@ class Writing:
 
     def __init__(self, language: Language, new: int, size_bytes: int) -> None:
         self.language = language
+        self.lengths: Sequence[int] = ()
         self.size_bytes = size_bytes
         self.step_bytes = language.step_bytes
         self._new = new
@@ -104,7 +112,6 @@ def of_module(module: Any, recipe: Sequence[str], device: str, subject: Subject)
         Unavailable: a step cannot be done here, or not with this model; says why.
     """
     from headrace.runners import recipes
-    from headrace.runners.layouts import Padded, Ragged
 
     words = list(recipe)
     if subject.task == GENERATE:
@@ -116,11 +123,11 @@ def of_module(module: Any, recipe: Sequence[str], device: str, subject: Subject)
     if recipes.GRAPHS in words:
         from headrace.runners.graphs import Captured
 
-        layout = Ragged(subject) if recipes.VARLEN in words else Padded(subject)
-        return Encoding(Captured(module, device, layout), subject, recipes.PACKED in words, size)
-    by_shape = not recipes.BY_SHAPE.isdisjoint(words)
-    engine = engines.module_engine(module, device, Padded(subject) if by_shape else None)
-    return Encoding(engine, subject, recipes.PACKED in words, size)
+        layout: Layout = Ragged(subject) if recipes.VARLEN in words else Padded(subject)
+        return Encoding(Captured(module, device, layout), subject, recipes.PACKED in words, size, layout)
+    filled = None if recipes.BY_SHAPE.isdisjoint(words) else Padded(subject)
+    engine = engines.module_engine(module, device, filled)
+    return Encoding(engine, subject, recipes.PACKED in words, size, filled)
 
 
 def _writing(module: Any, words: list[str], device: str) -> Way:
@@ -161,9 +168,9 @@ def of_files(kind: str, directory: Path, recipe: Sequence[str], device: str, thr
         return Writing(OnnxLanguage(directory, device, threads), _NEW_TOKENS[device.partition(":")[0]], size)
     if "graphs" in recipe:
         from headrace.runners.graphs import Captured
-        from headrace.runners.layouts import Padded
 
         package = engines.open_aot(directory, device, threads, subject, captured=True)
-        return Encoding(Captured(package, device, Padded(subject)), subject, "packed" in recipe, size)
+        layout = Padded(subject)
+        return Encoding(Captured(package, device, layout), subject, "packed" in recipe, size, layout)
     engine = engines.open_exported(kind, directory, device, threads, subject)
     return Encoding(engine, subject, "packed" in recipe, size)

@@ -12,8 +12,9 @@ import threading
 import traceback
 from pathlib import Path
 
-from headrace.calibration import Calibration, calibrate
+from headrace.calibration import Calibration, calibrate, meet_shapes
 from headrace.child import Child
+from headrace.clock import perf_counter
 from headrace.config import ModelConfig
 from headrace.errors import HeadraceError
 from headrace.ipc import ChannelClosed, SocketChannel
@@ -71,6 +72,17 @@ def _warm_up(loaded: Loaded, config: ModelConfig) -> Calibration | None:
         measured.overhead_tokens,
         measured.tokens_per_s,
     )
+    if loaded.lengths:
+        began = perf_counter()
+        met, there_are = meet_shapes(
+            loaded.runner.run,
+            loaded.example,
+            loaded.lengths,
+            batch_size=measured.batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        rest = "" if met == there_are else f"; the other {there_are - met} as they come"
+        _log.info("%s has met %d shapes in %.1f s%s", config.name, met, perf_counter() - began, rest)
     return measured
 
 
