@@ -2,7 +2,8 @@
 
 A batch is taken to cost ``fixed + per_token × padded tokens`` seconds. Sizes and lengths are measured in turns, so that
 a slow moment of the machine touches all of them, and the least time of each counts: noise only ever adds. The first
-batch of a size and length is not timed: what is compiled or captured for it is done once.
+batch of a size and length may be compiled, or captured, for: one that takes much longer than the size before is timed
+once more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from headrace.isolation import is_out_of_memory
 LENGTHS = (32, 128)
 ROUNDS = 3
 BUDGET_S = 4.0
+# Twice the items take twice as long at most.
+UNLIKE = 3.0
 # First batches may take so long in all before no larger ones are tried, and so long to meet the rest of the shapes.
 FIRST_S = 60.0
 SHAPES_S = 30.0
@@ -63,14 +66,18 @@ def calibrate(
     first_s = timed_s = 0.0
     for _ in range(ROUNDS):
         for length, item in items:
+            before = 0.0
             for size in sizes:
                 if size > 1 and size * length > max_batch_tokens:
                     break
-                if (new := (length, size) not in times) and size > 1 and first_s > FIRST_S:
+                new = (length, size) not in times
+                if new and size > 1 and first_s > FIRST_S:
                     break
                 try:
-                    first_s += _time(run, [item] * size) if new else 0.0
                     seconds = _time(run, [item] * size)
+                    if new and seconds > UNLIKE * before:
+                        first_s += seconds
+                        seconds = _time(run, [item] * size)
                 except Exception as error:
                     # A size that does not fit is an answer, too; a single item that does not is a failed warm-up.
                     if size == 1 or not is_out_of_memory(error):
@@ -78,7 +85,7 @@ def calibrate(
                     sizes = [smaller for smaller in sizes if smaller < size]
                     max_batch_size = sizes[-1]
                     break
-                times[length, size] = min(seconds, times.get((length, size), seconds))
+                times[length, size] = before = min(seconds, times.get((length, size), seconds))
                 timed_s += seconds
                 # A doubled batch takes up to twice as long: stop growing where the rounds would leave the budget.
                 if seconds * 2 * ROUNDS > BUDGET_S / 4:
