@@ -162,7 +162,7 @@ def test_the_table_says_what_was_found_of_each_rung() -> None:
 def test_below_the_table_stand_the_choice_and_what_to_do() -> None:
     told = " ".join(report.as_table(ladder()).split())
     assert "ort is chosen: 2.50× [2.38, 2.62] the speed of fp32, cos_mean 0.999999 (at least 0.99)" in told
-    assert "simpler than ort-int8-dynamic+packed" in told
+    assert "simpler or ready sooner than ort-int8-dynamic+packed" in told
     assert "not tried: torchao-int8, nf4: torchao is not installed: pip install 'headrace[quant]'" in told
     assert "budget of drift, balanced: cos_mean ≥ 0.99, spearman ≥ 0.985" in told
     assert "control: fp32 beside itself 1.00× [0.98, 1.02]" in told

@@ -166,6 +166,14 @@ def test_the_best_is_chosen_and_among_equals_the_simplest() -> None:
     assert simplicity("sdpa") < simplicity("ort") < simplicity("bf16+compile")
 
 
+def test_of_those_that_are_as_fast_and_as_simple_the_one_that_is_ready_soonest_is_chosen() -> None:
+    compiled = row("bf16+compile+graphs", 9.2, 9.0, 9.4, load_s=13.0, first_s=10.7)
+    ahead = row("bf16+aot+graphs", 9.1, 8.9, 9.3, load_s=3.6, first_s=0.2)
+    assert choose([compiled, ahead], "latency", QUIET) == "bf16+aot+graphs"
+    slower = row("bf16+aot+graphs", 8.0, 7.9, 8.1, load_s=3.6, first_s=0.2)
+    assert choose([compiled, slower], "latency", QUIET) == "bf16+compile+graphs"
+
+
 def test_the_interval_of_a_median_holds_it() -> None:
     draw = random.Random(0)
     values = [draw.gauss(2.0, 0.1) for _ in range(30)]

@@ -67,7 +67,8 @@ def standing(row: Row, noise: Noise) -> tuple[float, float, float]:
 
 
 def choose(rows: Sequence[Row], objective: str, noise: Noise) -> str:
-    """The best row for an objective; of those that are as good within their intervals, the simplest."""
+    """The best row for an objective; of those that are as good within their intervals, the simplest, and of those that
+    are as simple the one that is ready soonest."""
     fit = [row for row in rows if row.status == "ok"]
     if not fit:
         return rungs.BASELINE
@@ -75,8 +76,8 @@ def choose(rows: Sequence[Row], objective: str, noise: Noise) -> str:
         return min(fit, key=lambda row: row.peak_bytes or 0).rung
     stand = {row.rung: standing(row, noise) for row in fit}
     _, least, _ = max(stand.values())
-    equals = [rung for rung, (ratio, _, _) in stand.items() if ratio >= least]
-    return min(equals, key=simplicity)
+    equals = [row for row in fit if stand[row.rung][0] >= least]
+    return min(equals, key=lambda row: (*simplicity(row.rung), (row.load_s or 0.0) + (row.first_s or 0.0))).rung
 
 
 def simplicity(ident: str) -> tuple[int, int]:

@@ -211,7 +211,7 @@ def choice(report: Report) -> str:
     if len(passed) == 1:
         why = "the only rung that passed"
     elif ties := [each.rung for each in passed if report.objective != "memory" and _beats(each, row)]:
-        why = f"simpler than {', '.join(ties)}, which cannot be told from it by speed"
+        why = f"simpler or ready sooner than {', '.join(ties)}, which cannot be told from it by speed"
     return f"{report.chosen} is chosen: {', '.join(said)}; {why}.{_though(row, report.baseline)}"
 
 
