@@ -79,6 +79,13 @@ def test_it_looks_at_this_machine_and_starts_nothing(data: Path) -> None:
     assert not data.exists()
 
 
+def test_sources_that_are_compiled_at_each_start_are_told(data: Path, tmp_path: Path) -> None:
+    keeps = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    forbidden = keeps | {"PYTHONDONTWRITEBYTECODE": "1"}
+    told = [checks("--data-dir", str(data), **each)["bytecode"]["status"] for each in (forbidden, keeps, forbidden)]
+    assert told == ["warning", "ok", "ok"]
+
+
 def test_the_table_says_the_same_and_is_coloured_on_a_terminal_only(data: Path) -> None:
     done = run("--data-dir", str(data), "--device", "cuda:99")
     assert done.returncode == 1

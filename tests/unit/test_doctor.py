@@ -120,6 +120,9 @@ def test_two_versions_of_headrace_at_once_are_noticed() -> None:
     assert status(checks.check_headrace) == "ok"
     assert status(checks.check_headrace, installation=Installation("0.0.1")) == "warning"
     assert status(checks.check_headrace, installation=Installation(problem="not installed")) == "warning"
+    assert status(checks.check_bytecode) == "ok"
+    found = finding(checks.check_bytecode, bytecode_kept=False, source="/opt/headrace")
+    assert (found.status, "compileall /opt/headrace" in found.fix) == ("warning", True)
 
 
 def test_a_dependency_is_there_missing_or_of_another_version() -> None:

@@ -58,6 +58,17 @@ def check_headrace(config: Config, machine: Machine) -> Check:
     return Check("headrace", "ok", detail)
 
 
+def check_bytecode(config: Config, machine: Machine) -> Check:
+    if machine.bytecode_kept:
+        return Check("bytecode", "ok", "kept")
+    return Check(
+        "bytecode",
+        "warning",
+        "Python compiles headrace anew in each process: a server took 2 s longer to be ready",
+        f"unset PYTHONDONTWRITEBYTECODE, or once where it is installed: python -m compileall {machine.source}",
+    )
+
+
 def check_dependencies(config: Config, machine: Machine) -> Check | list[Check]:
     needed = [each for each in machine.installation.packages if not each.extra]
     if not needed:
@@ -269,7 +280,7 @@ def _first_number(text: str) -> int:
 
 
 ALL: Sequence[Callable[[Config, Machine], Check | list[Check]]] = (
-    *(check_python, check_platform, check_headrace, check_dependencies, check_extras, check_variables),
+    *(check_python, check_platform, check_headrace, check_bytecode, check_dependencies, check_extras, check_variables),
     *(check_torch, check_gpus, check_cuda_visible, check_device),
     *(check_cores, check_threads, check_memory),
     *HOST,

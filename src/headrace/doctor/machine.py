@@ -6,6 +6,7 @@ bytes; a limit of ``None`` is none. What cannot be read is left as if it were we
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -75,6 +76,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         source: where the running headrace lies.
+        bytecode_kept: Python has what it compiled of headrace, and need not compile it at each start.
         cores: that this process may use by its affinity.
         counted_cores: that headrace divides among its workers.
         front_ends: HTTP processes that there would be.
@@ -93,6 +95,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     executable: str = "/usr/bin/python3"
     version: str = __version__
     source: str = ""
+    bytecode_kept: bool = True
     installation: Installation = Installation(__version__)
     torch: Torch = Torch()
     driver: Driver = Driver()
@@ -142,6 +145,7 @@ def read(config: Config) -> Machine:
             implementation=platform.python_implementation(),
             executable=sys.executable,
             source=str(Path(configuration.__file__).parent),
+            bytecode_kept=Path(importlib.util.cache_from_source(configuration.__file__)).exists(),
             installation=read_installation(),
             torch=torch.result(),
             driver=driver.result(),
