@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import runpy
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from conftest import MODELS
 from headrace.artifact import Subject, TensorSpec
@@ -205,6 +207,24 @@ def test_products_with_weights_are_integers_and_what_they_give_is_not(static: Pa
 def test_weights_alone_are_quantised_of_language_models(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="language models"):
         exported(rungs.find("ort-int8-weights"), tmp_path)
+
+
+def test_attention_by_flash_attn_needs_the_package_and_a_gpu_that_its_kernels_are_for() -> None:
+    card = msgspec.structs.replace(MACHINE_HERE, device="cuda:0", capability=9.0)
+    flash = rungs.find("flash")
+    assert flash.missing(MACHINE_HERE) == "runs on an NVIDIA GPU only"
+    assert flash.missing(card) == "flash_attn is not installed: pip install 'headrace[flash]'"
+    old = msgspec.structs.replace(card, capability=7.5, packages={"flash_attn": "2.8"})
+    assert "compute capability 8.0" in flash.missing(old)
+    assert flash.missing(msgspec.structs.replace(old, capability=8.0)) == ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_what_transformers_refuses_of_attention_is_said() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = transformers.BertModel(transformers.BertConfig(**sizes))
+    with pytest.raises(Unavailable, match="FlashAttention2"):
+        recipes.apply(["flash", "bf16"], model, "cpu")
 
 
 # ── compiled packages ──

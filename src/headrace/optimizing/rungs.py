@@ -194,6 +194,13 @@ _ALL = [
         calibrated=True,
         builders=_QUANT,
     ),
+    Rung(
+        "flash",
+        recipe=["flash", "bf16"],
+        needs=[("flash_attn", "flash")],
+        where="cuda",
+        probe=_capability(8.0, "FlashAttention's kernels"),
+    ),
     Rung("torch-int8-dynamic", recipe=["torch-int8-dynamic"], where="cpu"),
     Rung("torchao-int8", recipe=["sdpa", "torchao-int8"], needs=_QUANT, probe=_int8_instructions),
     Rung("torchao-int8-weights", recipe=["sdpa", "torchao-int8-weights"], needs=_QUANT),
@@ -225,7 +232,17 @@ _ON_CPU = [
     *("torch-int8-static", "compile", "tensorrt"),
 ]
 _ON_CUDA = [
-    *("sdpa", "tf32", "bf16", "fp16", "packed", "reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
+    *(
+        "sdpa",
+        "tf32",
+        "bf16",
+        "flash",
+        "fp16",
+        "packed",
+        "reduce-overhead",
+        "bf16+reduce-overhead",
+        "fp16+reduce-overhead",
+    ),
     *("bf16+graphs", "bf16+compile+graphs", "bf16+regional+graphs", "varlen", "varlen+compile", "bf16+aot+graphs"),
     # In 8 bits layers are compiled one for all: as a whole it took over 150 s on an H100 (torch 2.11).
     *("fp8", "bf16+torchao-int8+regional+graphs", "torchao-int4", "nf4", "ort", "tensorrt"),
@@ -238,7 +255,7 @@ _WRITING_ON_CPU = [
     *("torch-int8-dynamic", "bf16", "torchao-int8-weights", "nf4"),
 ]
 _WRITING_ON_CUDA = [
-    *("sdpa", "kv-off", "bf16", "bf16+kv-static", "bf16+kv-static+graphs", "bf16+kv-static+compile+graphs"),
+    *("sdpa", "kv-off", "bf16", "flash", "bf16+kv-static", "bf16+kv-static+graphs", "bf16+kv-static+compile+graphs"),
     *("bf16+torchao-int8-weights+kv-static+compile+graphs", "torchao-int4+kv-static+compile+graphs", "nf4"),
 ]
 
@@ -296,7 +313,7 @@ def after_crash(rung: Rung) -> str:
 
 def _in_order(words: list[str]) -> list[str]:
     """Attention first, then precision, then quantisation, compilation last."""
-    order = ["sdpa", "tf32", "bf16", "fp16", "torch-int8-dynamic", "torchao-int8", "torchao-int8-weights"]
+    order = ["sdpa", "flash", "tf32", "bf16", "fp16", "torch-int8-dynamic", "torchao-int8", "torchao-int8-weights"]
     order += [
         "torchao-int4",
         "nf4",

@@ -54,13 +54,20 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
     return module
 
 
-def _sdpa(module: torch.nn.Module) -> torch.nn.Module:
-    for part in module.modules():
-        change = getattr(part, "set_attn_implementation", None)
-        if change is not None:
-            change("sdpa")
-            return module
-    return module
+def _attention(implementation: str) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Of a transformers model, wherever it lies in the module; others have no choice of it."""
+
+    def change(module: torch.nn.Module) -> torch.nn.Module:
+        for part in module.modules():
+            if hasattr(part, "set_attn_implementation"):
+                try:
+                    part.set_attn_implementation(implementation)
+                except (ImportError, ValueError) as error:
+                    raise Unavailable(str(error), hint="leave it out of --rungs") from None
+                break
+        return module
+
+    return change
 
 
 def _tf32(module: torch.nn.Module) -> torch.nn.Module:
@@ -166,7 +173,8 @@ def _allow_compilations() -> None:
 
 
 _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
-    "sdpa": _sdpa,
+    "sdpa": _attention("sdpa"),
+    "flash": _attention("flash_attention_2"),
     "tf32": _tf32,
     "bf16": lambda module: module.to(torch.bfloat16),
     "fp16": lambda module: module.to(torch.float16),
