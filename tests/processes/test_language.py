@@ -80,8 +80,8 @@ def test_the_artifact_goes_on_with_a_text(climbed: tuple[Path, dict[str, Any]], 
     with serving(tmp_path, str(out), "--name", "writer") as server:
         answer = httpx.post(f"{server.url}/predict", json={"input": SENTENCES[0]}, timeout=30)
         assert answer.status_code == 200, answer.text
-        found = answer.json()["output"]
+        found = answer.json()["prediction"]
         assert found["tokens"] > 0
         assert found["text"]
         again = httpx.post(f"{server.url}/predict", json={"input": SENTENCES[0]}, timeout=30)
-        assert again.json()["output"] == found
+        assert again.json()["prediction"] == found
