@@ -71,6 +71,8 @@ def test_without_a_compiler_nothing_is_compiled(rung: str, monkeypatch: pytest.M
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert rungs.find(rung).missing(MACHINE_HERE) == "there is no C++ compiler, no-such-compiler: apt install g++"
     assert rungs.find("bf16").missing(MACHINE_HERE) == ""
+    card = msgspec.structs.replace(MACHINE_HERE, device="cuda:0")
+    assert ("C++" in rungs.find(rung).missing(card)) == (rung == "aot"), "a package's own code is C++ on a GPU too"
 
 
 def test_some_integers_are_for_some_processors() -> None:

@@ -136,10 +136,13 @@ def _int8_instructions(machine: Machine) -> str:
 
 def _compiler(machine: Machine) -> str:
     """What torch compiles for a CPU is C++."""
+    return _any_compiler(machine) if machine.device == "cpu" else ""
+
+
+def _any_compiler(machine: Machine) -> str:
+    """A package's own code is C++ on every device."""
     program = os.environ.get("CXX", "g++")
-    if machine.device != "cpu" or shutil.which(program):
-        return ""
-    return f"there is no C++ compiler, {program}: apt install g++"
+    return "" if shutil.which(program) else f"there is no C++ compiler, {program}: apt install g++"
 
 
 def _x86_compiler(machine: Machine) -> str:
@@ -213,7 +216,7 @@ _ALL = [
         where="cuda",
         probe=_capability(8.9, "8-bit floats"),
     ),
-    Rung("aot", "aot", recipe=["sdpa"], probe=_compiler),
+    Rung("aot", "aot", recipe=["sdpa"], probe=_any_compiler),
     Rung("compile", recipe=["sdpa", "compile"], probe=_compiler),
     Rung("regional", recipe=["sdpa", "regional"], probe=_compiler),
     Rung("kv-off", recipe=["kv-off"]),
@@ -232,17 +235,8 @@ _ON_CPU = [
     *("torch-int8-static", "compile", "tensorrt"),
 ]
 _ON_CUDA = [
-    *(
-        "sdpa",
-        "tf32",
-        "bf16",
-        "flash",
-        "fp16",
-        "packed",
-        "reduce-overhead",
-        "bf16+reduce-overhead",
-        "fp16+reduce-overhead",
-    ),
+    *("sdpa", "tf32", "bf16", "flash", "fp16", "packed"),
+    *("reduce-overhead", "bf16+reduce-overhead", "fp16+reduce-overhead"),
     *("bf16+graphs", "bf16+compile+graphs", "bf16+regional+graphs", "varlen", "varlen+compile", "bf16+aot+graphs"),
     # In 8 bits layers are compiled one for all: as a whole it took over 150 s on an H100 (torch 2.11).
     *("fp8", "bf16+torchao-int8+regional+graphs", "torchao-int4", "nf4", "ort", "tensorrt"),
