@@ -12,23 +12,17 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from check_serving import PORT, make_encoder, serving
+from check_serving import PORT, Asked, make_encoder, serving
 
 from headrace.clock import perf_counter
-from headrace.config import load
-from headrace.loadgen import driver
-from headrace.runners import open_target
-from headrace.runners.text import TextPreparer
 
 CLIENTS = (1, 64)
 
@@ -51,8 +45,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    pick = random.Random(7)
-    texts = [" ".join(f"w{pick.randrange(4, 4096)}" for _ in range(pick.randint(5, 60))) for _ in range(400)]
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(0),
         "cores": os.cpu_count(),
@@ -66,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         model, samples = Path(folder) / "model", Path(folder) / "samples.jsonl"
         make_encoder(model)
-        samples.write_text("".join(json.dumps({"input": text}) + "\n" for text in texts[:200]))
+        asked = Asked(model)
+        samples.write_text("".join(json.dumps({"input": text}) + "\n" for text in asked.texts[:200]))
         urls = {}
 
         def serve(name: str, target: Path) -> None:
@@ -82,27 +75,10 @@ def main() -> None:
             result["rungs"][rung] = optimized(model, samples, rung, artifact)
             print(rung, result["rungs"][rung], flush=True)
             serve(rung, artifact)
-        config = load({"device": "cuda"}, targets={"m": str(model)}, environment={}).models["m"]
-        opened = open_target(config, "cuda:0")
-        assert opened.info.text
-        tokenizer = TextPreparer(opened.info.text)
-        expected = [opened.runner.run([tokenizer.text(text)])[0] for text in texts]
-
-        def check(index: int, code: int, body: bytes) -> None:
-            vector = np.array(json.loads(body)["prediction"], np.float32)
-            assert float(vector @ expected[index]) > 0.999
-
         for number in range(options.rounds):
             for clients in CLIENTS:
                 for name, url in urls.items():
-                    plan = driver.Plan(
-                        url=url,
-                        bodies=[json.dumps({"input": text}).encode() for text in texts],
-                        duration_s=options.seconds,
-                        check=check,
-                    )
-                    level = driver.run(plan, [driver.Level(concurrency=clients)]).levels[0]
-                    assert not level.errors, level.errors
+                    level = asked.load(url, clients, options.seconds)
                     row = {"per_s": level.achieved_rate, "p50_ms": level.p50_ms, "p99_ms": level.p99_ms}
                     result["load"].setdefault(name, {}).setdefault(f"{clients} clients", []).append(row)
                     print(number, clients, name, row, flush=True)

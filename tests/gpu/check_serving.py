@@ -150,15 +150,34 @@ def check_lost_device() -> dict[str, Any]:
         return {"neighbours answered": answers.count(200), "of": len(answers)}
 
 
+class Asked:
+    """Texts, and what the model answers to each alone: load on a server whose every answer is checked."""
+
+    def __init__(self, directory: Path) -> None:
+        pick = random.Random(7)
+        self.texts = [" ".join(f"w{pick.randrange(4, 4096)}" for _ in range(pick.randint(5, 60))) for _ in range(400)]
+        config = load({"device": "cuda"}, targets={"m": str(directory)}, environment={}).models["m"]
+        self.model = open_target(config, "cuda:0")
+        assert self.model.info.text
+        tokenizer = TextPreparer(self.model.info.text)
+        self.items = [tokenizer.text(text) for text in self.texts]
+        self.expected = [self.model.runner.run([item])[0] for item in self.items]
+
+    def load(self, url: str, clients: int, seconds: float) -> Any:
+        bodies = [json.dumps({"input": text}).encode() for text in self.texts]
+        plan = driver.Plan(url=url, bodies=bodies, duration_s=seconds, check=self._check)
+        level = driver.run(plan, [driver.Level(concurrency=clients)]).levels[0]
+        assert not level.errors, level.errors
+        return level
+
+    def _check(self, index: int, code: int, body: bytes) -> None:
+        vector = np.array(json.loads(body)["prediction"], np.float32)
+        assert float(vector @ self.expected[index]) > 0.999
+
+
 def check_rate(directory: Path, seconds: float) -> dict[str, Any]:
-    pick = random.Random(7)
-    texts = [" ".join(f"w{pick.randrange(4, 4096)}" for _ in range(pick.randint(5, 60))) for _ in range(400)]
-    config = load({"device": "cuda"}, targets={"m": str(directory)}, environment={}).models["m"]
-    model = open_target(config, "cuda:0")
-    assert model.info.text
-    tokenizer = TextPreparer(model.info.text)
-    items = [tokenizer.text(text) for text in texts]
-    expected = [model.runner.run([item])[0] for item in items]
+    asked = Asked(directory)
+    model, items = asked.model, asked.items
 
     def offline(size: int, *, near: bool) -> float:
         order = sorted(items, key=len) if near else items
@@ -167,25 +186,14 @@ def check_rate(directory: Path, seconds: float) -> dict[str, Any]:
             model.runner.run(order[at : at + size])
         return len(order) / (perf_counter() - start)
 
-    def check(index: int, code: int, body: bytes) -> None:
-        vector = np.array(json.loads(body)["prediction"], np.float32)
-        assert float(vector @ expected[index]) > 0.999
-
     offline(32, near=False)
     found: dict[str, Any] = {}
-    with serving(str(directory), "--name", "bert", "--http-workers", "4"):
+    with serving(str(directory), "--name", "bert", "--http-workers", "4") as url:
         for _ in range(2):
             found.setdefault("offline, 32 in order of arrival, items/s", []).append(round(offline(32, near=False), 1))
             found.setdefault("offline, 32 sorted by length, items/s", []).append(round(offline(32, near=True), 1))
             for clients in (1, 64, 256):
-                plan = driver.Plan(
-                    url=f"http://127.0.0.1:{PORT}",
-                    bodies=[json.dumps({"input": text}).encode() for text in texts],
-                    duration_s=seconds,
-                    check=check,
-                )
-                level = driver.run(plan, [driver.Level(concurrency=clients)]).levels[0]
-                assert not level.errors, level.errors
+                level = asked.load(url, clients, seconds)
                 found.setdefault(f"{clients} clients, req/s", []).append(level.achieved_rate)
                 found.setdefault(f"{clients} clients, p50 ms", []).append(level.p50_ms)
                 found.setdefault(f"{clients} clients, p99 ms", []).append(level.p99_ms)

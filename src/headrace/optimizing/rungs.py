@@ -300,7 +300,7 @@ def after_crash(rung: Rung) -> str:
     machine torch 2.11's loader ended with SIGSEGV for a single linear layer.
     """
     compiler = os.environ.get("CXX", "")
-    if rung.engine != "aot" or not compiler:
+    if rung.engine != "aot" or compiler in ("", "g++"):
         return ""
     return f"; it was compiled by CXX={compiler}, whose C++ library may not go with torch's: try CXX=g++"
 
