@@ -9,6 +9,7 @@ once more.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -105,6 +106,9 @@ def meet_shapes(
 ) -> tuple[int, int]:
     """Run a batch of each shape that a model is captured, or compiled, for, so that no client waits for that.
 
+    The largest comes first: the others find room in what it needed. Then they come from the smallest on, as what is met
+    in time should be what few clients at once meet.
+
     Args:
         lengths: those that batches are filled up to; their sizes are filled up to powers of two.
 
@@ -113,17 +117,20 @@ def meet_shapes(
     """
     sizes = [*_powers_of_two(batch_size), batch_size]
     shapes = [(size, length) for size in sizes for length in lengths if size * length <= max_batch_tokens or size == 1]
+    shapes.insert(0, shapes.pop(max(range(len(shapes)), key=lambda number: math.prod(shapes[number]))))
     started = perf_counter()
-    for met, (size, length) in enumerate(shapes):
+    met = 0
+    for size, length in shapes:
         if perf_counter() - started > SHAPES_S:
-            return met, len(shapes)
+            break
         try:
             run([example(length)] * size)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return met, len(shapes)
-    return len(shapes), len(shapes)
+        else:
+            met += 1
+    return met, len(shapes)
 
 
 def _powers_of_two(below: int) -> Iterator[int]:

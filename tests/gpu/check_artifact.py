@@ -4,6 +4,7 @@
 
 Each rung is measured, packed and served; all are served at once on one GPU, and load goes to one at a time, in turns.
 The first round meets shapes that were not captured, or compiled, yet: it is told apart. Answers are those of the model.
+It fails unless every artifact answers more requests than its model in the rounds after the first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,9 +35,15 @@ def optimized(model: Path, samples: Path, rung: str, artifact: Path) -> dict[str
     command += ["--device", "cuda:0", "--out", str(artifact), "--effort", "0.1", "--cap-s", "200", "--format", "json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=400)
     report = json.loads((artifact / "report.json").read_text())
-    assert report["chosen"] == rung, report["rows"]
     row = next(row for row in report["rows"] if row["rung"] == rung)
+    assert report["chosen"] == rung, (row["status"], row["reason"], row["speedup_ci"])
     return {name: row[name] for name in ("speedup", "speedup_ci", "drift", "build_s", "load_s", "first_s")}
+
+
+def rate_of(result: dict[str, Any], name: str, level: str) -> float:
+    """Median of the rounds after the first, where there are any."""
+    rounds = result["load"][name][level]
+    return statistics.median(row["per_s"] for row in rounds[1:] or rounds)
 
 
 def main() -> None:
@@ -80,10 +88,18 @@ def main() -> None:
                 for name, url in urls.items():
                     level = asked.load(url, clients, options.seconds)
                     row = {"per_s": level.achieved_rate, "p50_ms": level.p50_ms, "p99_ms": level.p99_ms}
+                    row["batch_mean"] = level.batch_size_mean
                     result["load"].setdefault(name, {}).setdefault(f"{clients} clients", []).append(row)
                     print(number, clients, name, row, flush=True)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+    slower = [
+        f"{name}, {level}: {rate} requests/s, its model {plain}"
+        for level in result["load"]["model"]
+        for name in result["rungs"]
+        if (rate := rate_of(result, name, level)) <= (plain := rate_of(result, "model", level))
+    ]
+    assert not slower, slower
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def test_shapes_that_take_minutes_to_compile_are_not_all_waited_for(monkeypatch:
     assert found.batch_size == 32, "what was not measured stays open"
 
 
-def test_each_shape_is_met_once_and_the_token_budget_holds() -> None:
+def test_each_shape_is_met_once_the_largest_first_and_the_token_budget_holds() -> None:
     device = Device(0, 0)
     met = meet_shapes(device.run, lambda length: [0] * length, (16, 64), batch_size=6, max_batch_tokens=200)
     assert met == (6, 6)
-    assert device.batches == [(1, 16), (1, 64), (2, 16), (2, 64), (4, 16), (6, 16)]
+    assert device.batches == [(2, 64), (1, 16), (1, 64), (2, 16), (4, 16), (6, 16)]
 
 
 def test_shapes_are_met_for_half_a_minute_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_shapes_are_met_for_half_a_minute_at_most(monkeypatch: pytest.MonkeyPatc
     assert device.now == 36
 
 
-def test_a_shape_that_does_not_fit_ends_it() -> None:
+def test_a_shape_that_does_not_fit_is_left_out() -> None:
     def run(inputs: list[Any]) -> list[Any]:
         if len(inputs) > 2:
             raise MemoryError

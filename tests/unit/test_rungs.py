@@ -75,6 +75,19 @@ def test_without_a_compiler_nothing_is_compiled(rung: str, monkeypatch: pytest.M
     assert ("C++" in rungs.find(rung).missing(card)) == (rung == "aot"), "a package's own code is C++ on a GPU too"
 
 
+@pytest.mark.parametrize(
+    ("ident", "words"),
+    [
+        ("bf16+aot+graphs", ["graphs"]),
+        ("ort-int8-static+packed", ["packed"]),
+        ("bf16+aot", []),
+        ("bf16+compile+graphs", ["sdpa", "bf16", "compile", "graphs"]),
+    ],
+)
+def test_what_was_exported_is_run_by_the_words_that_are_left_to_do(ident: str, words: list[str]) -> None:
+    assert list(rungs.find(ident).run_by) == words
+
+
 def test_some_integers_are_for_some_processors() -> None:
     arm = msgspec.structs.replace(MACHINE_HERE, flags=["aarch64", "asimddp"])
     assert "AVX2" in rungs.find("torch-int8-static").missing(arm)

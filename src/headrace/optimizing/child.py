@@ -29,7 +29,9 @@ from headrace.optimizing import bounds, compiled, rungs
 from headrace.optimizing.orphan import end_with_parent
 from headrace.optimizing.process import SAID, memory_bytes
 from headrace.runners import collate
+from headrace.runners.devices import plan_no_attention
 from headrace.runners.opened import Instance
+from headrace.runners.recipe_words import GRAPHS
 from headrace.runners.way import GENERATE, Way, of_files, of_module
 
 ITEMS, SUBJECT, MACHINE = "items.npz", "subject.json", "machine.json"
@@ -159,6 +161,8 @@ def _build(job: Job, answers: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     opened = _opened(job)
     module = recipes.apply(list(rung.recipe), opened.module, job.device)
+    if job.device.startswith("cuda") and GRAPHS not in rung.recipe:
+        plan_no_attention()  # which attention a package has is settled as it is compiled
     example = [items.all[index] for index in job.calibration[:2] or [0, 1 % len(items.all)]]
     export.export(rung, opened.subject, module, example, [items.all[index] for index in job.calibration], directory)
 
@@ -196,9 +200,9 @@ def _open(job: Job, items: Items) -> Way:
     if rung.engine == "torch":
         module = _opened(job).module
         _check_worth(job, rung, module, writes=items.subject.task == GENERATE)
-        return of_module(module, rung.recipe, job.device, items.subject)
+        return of_module(module, rung.run_by, job.device, items.subject)
     directory = rungs.directory_of(Path(job.work), job.rung)
-    return of_files(rung.engine, directory, rung.recipe, job.device, job.threads, items.subject)
+    return of_files(rung.engine, directory, rung.run_by, job.device, job.threads, items.subject)
 
 
 def _check_worth(job: Job, rung: rungs.Rung, module: Any, writes: bool) -> None:

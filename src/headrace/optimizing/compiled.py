@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from headrace.errors import LoadError
+from headrace.runners.recipe_words import COMPILE, REGIONAL
 
 
 @contextlib.contextmanager
@@ -15,7 +16,7 @@ def watched(recipe: Sequence[str]) -> Iterator[Callable[[], None]]:
     Raises:
         LoadError: nothing could be compiled, or so many shapes would have to be that the compiler leaves the rest.
     """
-    if {"compile", "regional"}.isdisjoint(recipe):
+    if {COMPILE, REGIONAL}.isdisjoint(recipe):
         yield lambda: None
         return
     import torch

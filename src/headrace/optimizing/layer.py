@@ -17,6 +17,7 @@ import torch
 from headrace.clock import perf_counter
 from headrace.errors import SetupError
 from headrace.runners import recipes
+from headrace.runners.recipe_words import COMPILE, REGIONAL
 
 # Words that change how a layer computes, and nothing else.
 WORDS = frozenset({"bf16", "fp16", "torch-int8-dynamic", "torchao-int8", "torchao-int8-weights", "nf4"})
@@ -51,7 +52,7 @@ def too_slow(
         most_slower: how many times as long a layer may take.
     """
     words = [word for word in recipe if word in WORDS]
-    if not {"compile", "regional"}.isdisjoint(recipe):  # compiled, the same steps become others
+    if not {COMPILE, REGIONAL}.isdisjoint(recipe):  # compiled, the same steps become others
         return ""
     layer = _commonest(module)
     if layer is None or not words:

@@ -31,8 +31,9 @@ from headrace.optimizing.process import SAID, Failed, Process, usual_cap
 from headrace.optimizing.words import Report
 from headrace.runners import engines
 from headrace.runners.archives import is_archive
-from headrace.runners.artifact import MODEL, PACKED, WEIGHTS, archived, self_test, write_golden
+from headrace.runners.artifact import MODEL, WEIGHTS, archived, self_test, write_golden
 from headrace.runners.drift import is_error
+from headrace.runners.recipe_words import PACKED
 from headrace.runners.way import of_module
 from headrace.version import __version__
 
@@ -188,7 +189,7 @@ def _fill(
         rung=rung.id,
         engine=rung.engine,
         subject=subject,
-        recipe=[word for word in rung.recipe if rung.engine == "torch" or word == PACKED],
+        recipe=list(rung.run_by),
         threads=job.threads,
         requires=requires(rung, job, subject),
         budget=dict(wanted),

@@ -17,6 +17,7 @@ import msgspec
 
 from headrace.artifact import Engine
 from headrace.errors import ConfigError
+from headrace.runners.recipe_words import AROUND, GRAPHS
 
 Probe = Callable[["Machine"], str]
 
@@ -80,6 +81,11 @@ class Rung:
     probe: Probe = lambda machine: ""
     calibrated: bool = False
     builders: Sequence[tuple[str, str]] = ()
+
+    @property
+    def run_by(self) -> list[str]:
+        """Words of the recipe by which it is run once it is built, in the ladder and as an artifact."""
+        return [word for word in self.recipe if self.engine == "torch" or word in AROUND]
 
     @property
     def halved(self) -> bool:
@@ -278,7 +284,7 @@ def find(ident: str) -> Rung:
     if len(places) > 1:
         raise ConfigError(f"{ident} joins what runs on a CPU with what runs on a GPU", field="rungs")
     words = [word for part in parts for word in part.recipe]
-    if "graphs" in words and last.engine not in ("torch", "aot"):
+    if GRAPHS in words and last.engine not in ("torch", "aot"):
         raise ConfigError(f"{ident} would capture what torch does not run", field="rungs", hint="aot+graphs")
     return Rung(
         ident,

@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 MODEL = "model"
 WEIGHTS = "weights.safetensors"
 _ARCHIVE = "archive"
-PACKED = "packed"
 _PLATFORMS = {"onnx": "onnxruntime", "openvino": "openvino", "aot": "aotinductor"}
 
 

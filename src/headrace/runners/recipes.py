@@ -12,16 +12,7 @@ from typing import Any
 import torch
 
 from headrace.errors import Unavailable
-
-# Words for the run around the module, not for the module itself: `way.py` heeds them.
-PACKED = "packed"
-GRAPHS = "graphs"
-VARLEN = "varlen"
-CACHES = ("kv-off", "kv-dynamic", "kv-static")
-# Repeated layers compiled, instead of the whole.
-REGIONAL = "regional"
-# Modes of torch.compile that are made for one shape each.
-BY_SHAPE = frozenset({"reduce-overhead", "max-autotune"})
+from headrace.runners.recipe_words import BY_SHAPE, COMPILE, REGIONAL, VARLEN
 
 
 def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
@@ -50,7 +41,7 @@ def apply(recipe: list[str], module: torch.nn.Module, device: str) -> Any:
         module = varlen.exchange(module, device)
     for word in recipe:
         if word in COMPILES:
-            return COMPILES[word](module, GRAPHS in recipe)
+            return COMPILES[word](module)
     return module
 
 
@@ -126,22 +117,23 @@ def _nf4(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _compile(module: torch.nn.Module, by_shape: bool) -> Any:
-    _allow_compilations()
-    # One compilation for all lengths, unless graphs of the GPU are captured: those are of few shapes.
-    return torch.compile(module, dynamic=not by_shape)
+def _compile(module: torch.nn.Module) -> Any:
+    """Compile once for all shapes, and once more for a single row.
+
+    For one shape each it takes as long for every one, 10 s on an H100, and saves 1 to 3 % of a call to BERT-base.
+    """
+    return torch.compile(module, dynamic=True)
 
 
-def _compile_layers(module: torch.nn.Module, by_shape: bool) -> torch.nn.Module:
+def _compile_layers(module: torch.nn.Module) -> torch.nn.Module:
     """Compile what is repeated, once for all its repetitions ("regional compilation").
 
     On an H100 and of BERT-base's shape that takes 4 s instead of 10, with 8-bit floats 5 s where the whole took more
     than 150; a call takes 3 to 8 % longer.
     """
     layers = _repeated(module)
-    _allow_compilations()
     for layer in layers:
-        layer.compile(dynamic=not by_shape)
+        layer.compile(dynamic=True)
     return module
 
 
@@ -159,17 +151,12 @@ def _repeated(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer for layer in found if layer not in inner]
 
 
-def _compile_by_shape(mode: str) -> Callable[[torch.nn.Module, bool], Any]:
-    def compile_(module: torch.nn.Module, _: bool) -> Any:
-        _allow_compilations()
+def _compile_by_shape(mode: str) -> Callable[[torch.nn.Module], Any]:
+    def compile_(module: torch.nn.Module) -> Any:
+        torch._dynamo.config.recompile_limit = 256  # torch stops at 8
         return torch.compile(module, mode=mode, dynamic=False)
 
     return compile_
-
-
-def _allow_compilations() -> None:
-    """torch stops at 8; each shape may need one."""
-    torch._dynamo.config.recompile_limit = 256
 
 
 _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
@@ -198,8 +185,8 @@ _ON_DEVICE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     ),
     "nf4": _nf4,
 }
-COMPILES: dict[str, Callable[[torch.nn.Module, bool], Any]] = {
-    "compile": _compile,
+COMPILES: dict[str, Callable[[torch.nn.Module], Any]] = {
+    COMPILE: _compile,
     REGIONAL: _compile_layers,
     **{mode: _compile_by_shape(mode) for mode in sorted(BY_SHAPE)},
 }

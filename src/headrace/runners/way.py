@@ -10,8 +10,10 @@ from headrace.artifact import Subject
 from headrace.errors import ConfigError, Unavailable
 from headrace.runners import collate, engines, likelihood
 from headrace.runners.collate import Array, Item
+from headrace.runners.devices import plan_no_attention
 from headrace.runners.language import Language, left_padded
 from headrace.runners.layouts import Layout, Padded, Ragged
+from headrace.runners.recipe_words import BY_SHAPE, CACHES, COMPILE, GRAPHS, PACKED, REGIONAL, VARLEN
 
 GENERATE = "generate"
 # Of a text, the last tokens at which a language model's distributions are compared.
@@ -116,41 +118,45 @@ def of_module(module: Any, recipe: Sequence[str], device: str, subject: Subject)
     words = list(recipe)
     if subject.task == GENERATE:
         return _writing(module, words, device)
-    if cache := [word for word in words if word in recipes.CACHES]:
+    if cache := [word for word in words if word in CACHES]:
         raise Unavailable(f"{cache[0]} is for language models")
     module = recipes.apply(words, module, device)
     size = recipes.bytes_of(module)
-    if recipes.GRAPHS in words:
+    if GRAPHS in words:
         from headrace.runners.graphs import Captured
 
-        layout: Layout = Ragged(subject) if recipes.VARLEN in words else Padded(subject)
-        return Encoding(Captured(module, device, layout), subject, recipes.PACKED in words, size, layout)
-    filled = None if recipes.BY_SHAPE.isdisjoint(words) else Padded(subject)
+        layout: Layout = Ragged(subject) if VARLEN in words else Padded(subject)
+        return Encoding(Captured(module, device, layout), subject, PACKED in words, size, layout)
+    filled = None if BY_SHAPE.isdisjoint(words) else Padded(subject)
+    if filled is None and device.startswith("cuda"):
+        plan_no_attention()
     engine = engines.module_engine(module, device, filled)
-    return Encoding(engine, subject, recipes.PACKED in words, size, filled)
+    return Encoding(engine, subject, PACKED in words, size, filled)
 
 
 def _writing(module: Any, words: list[str], device: str) -> Way:
     from headrace.runners import recipes
     from headrace.runners.decoder import TorchLanguage
 
-    encoding = {recipes.PACKED, recipes.VARLEN, recipes.REGIONAL, *recipes.BY_SHAPE}
+    encoding = {PACKED, VARLEN, REGIONAL, *BY_SHAPE}
     if left := [word for word in words if word in encoding]:
         raise Unavailable(f"{left[0]} is for models that encode; a step of a language model: kv-static+compile")
-    caches = [word for word in words if word in recipes.CACHES] or ["kv-dynamic"]
+    caches = [word for word in words if word in CACHES] or ["kv-dynamic"]
     if len(caches) > 1:
         raise ConfigError(f"{' and '.join(caches)} exclude one another", field="rungs")
-    if caches != ["kv-static"] and not {recipes.GRAPHS, "compile"}.isdisjoint(words):
+    if caches != ["kv-static"] and not {GRAPHS, COMPILE}.isdisjoint(words):
         raise Unavailable("a step is compiled, or captured, with a static cache only: kv-static+compile")
-    if recipes.GRAPHS in words and not device.startswith("cuda"):
+    if GRAPHS in words and not device.startswith("cuda"):
         raise Unavailable("graphs are captured on an NVIDIA GPU only")
-    decoder = recipes.apply([word for word in words if word != "compile"], module, device)
+    if device.startswith("cuda"):
+        plan_no_attention()
+    decoder = recipes.apply([word for word in words if word != COMPILE], module, device)
     language = TorchLanguage(
         decoder,
         device,
-        caches[0],  # type: ignore[arg-type]  # one of `recipes.CACHES`
-        compiled="compile" in words,
-        captured=recipes.GRAPHS in words,
+        caches[0],  # type: ignore[arg-type]  # one of `CACHES`
+        compiled=COMPILE in words,
+        captured=GRAPHS in words,
     )
     return Writing(language, _NEW_TOKENS[device.partition(":")[0]], recipes.bytes_of(decoder))
 
@@ -166,11 +172,11 @@ def of_files(kind: str, directory: Path, recipe: Sequence[str], device: str, thr
         from headrace.runners.decoder_onnx import OnnxLanguage
 
         return Writing(OnnxLanguage(directory, device, threads), _NEW_TOKENS[device.partition(":")[0]], size)
-    if "graphs" in recipe:
+    if GRAPHS in recipe:
         from headrace.runners.graphs import Captured
 
         package = engines.open_aot(directory, device, threads, subject, captured=True)
         layout = Padded(subject)
-        return Encoding(Captured(package, device, layout), subject, "packed" in recipe, size, layout)
+        return Encoding(Captured(package, device, layout), subject, PACKED in recipe, size, layout)
     engine = engines.open_exported(kind, directory, device, threads, subject)
-    return Encoding(engine, subject, "packed" in recipe, size)
+    return Encoding(engine, subject, PACKED in recipe, size)
