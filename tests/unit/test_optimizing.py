@@ -164,6 +164,7 @@ def test_the_best_is_chosen_and_among_equals_the_simplest() -> None:
     assert choose([row("sdpa", 1.2, 1.1, 1.3), row("ort", 3.0, 2.9, 3.1)], "latency", QUIET) == "ort"
     assert choose([row("bf16+compile", 3.0, 2.5, 3.4), row("ort", 2.6, 2.5, 2.7)], "latency", QUIET) == "ort"
     assert simplicity("sdpa") < simplicity("ort") < simplicity("bf16+compile")
+    assert simplicity("bf16+compile+graphs") < simplicity("reduce-overhead"), "it is compiled anew for each shape"
 
 
 def test_of_those_that_are_as_fast_and_as_simple_the_one_that_is_ready_soonest_is_chosen() -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from headrace.optimizing import drift, rungs, summary
 from headrace.optimizing.words import Noise, Row
+from headrace.runners.recipe_words import BY_SHAPE
 
 # A gain below this is not worth another way to run a model.
 LEAST_GAIN = 1.05
@@ -80,7 +81,8 @@ def choose(rows: Sequence[Row], objective: str, noise: Noise) -> str:
     return min(equals, key=lambda row: (*simplicity(row.rung), (row.load_s or 0.0) + (row.first_s or 0.0))).rung
 
 
-def simplicity(ident: str) -> tuple[int, int]:
-    """Less is simpler: few parts, then what stands early on the ladder."""
+def simplicity(ident: str) -> tuple[bool, int, int]:
+    """Less is simpler: what is not compiled for each shape anew, which stops a server for seconds at each; then few
+    parts, then what stands early on the ladder."""
     parts = ident.split("+")
-    return len(parts), max(list(rungs.RUNGS).index(part) for part in parts)
+    return not BY_SHAPE.isdisjoint(parts), len(parts), max(list(rungs.RUNGS).index(part) for part in parts)
