@@ -35,6 +35,20 @@ class Words(torch.nn.Module):
         return self.out((self.table(input_ids) * weights).sum(1) / weights.sum(1))
 
 
+class Planning(Words):
+    """Thinks for a while about each length that is new to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[int] = set()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] not in self.met:
+            self.met.add(input_ids.shape[1])
+            time.sleep(0.05)
+        return super().forward(input_ids, attention_mask)
+
+
 def crash() -> torch.nn.Module:
     os.abort()
 

@@ -19,7 +19,8 @@ from msgspec.structs import replace
 from conftest import HEADRACE, MODELS, alive, children, wait_until
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
-from headrace.optimizing.child import Job
+from headrace.optimizing import measure
+from headrace.optimizing.child import Items, Job
 from headrace.optimizing.ladder import default_work
 from headrace.optimizing.library import optimize as optimize_here
 from headrace.optimizing.process import Failed, Process
@@ -184,6 +185,23 @@ def test_a_rung_whose_layer_is_much_slower_is_given_up_with_its_numbers(
         assert asked_for.ask()["size_bytes"] > 0
     finally:
         asked_for.end()
+
+
+def test_what_a_length_takes_that_was_not_met_before_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(MODELS)
+    words = [{"input": {"input_ids": [7] * size, "attention_mask": [1] * size}} for size in (3, 5, 5, 9, 3, 4, 6, 8)]
+    job = Job(str(tmp_path), "ladder_models:Planning", "auto", "cpu", 1, samples=samples(tmp_path, *words))
+    Process("prepare", job, tmp_path / "prepare", cap_s=60, most_bytes=1 << 40).finish()
+    lengths = dict(enumerate(Items(tmp_path).lengths))
+    assert list(lengths.values()) == [3, 5, 5, 9, 3, 4, 6, 8]
+    process = Process("run", job, tmp_path / "run", cap_s=60, most_bytes=1 << 40)
+    try:
+        process.ask()
+        assert 45 < (measure.new_shape_ms(process, lengths, met=3) or 0) < 500
+        assert (measure.new_shape_ms(process, lengths, met=3) or 0) < 20, "they are met by now"
+        assert measure.new_shape_ms(process, {0: 3, 4: 3}, met=3) is None, "there is no other length"
+    finally:
+        process.end()
 
 
 @pytest.mark.long

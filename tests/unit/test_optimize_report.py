@@ -182,6 +182,17 @@ def test_the_only_rung_that_passed_is_called_so() -> None:
     assert told.endswith("; the only rung that passed.")
 
 
+def test_what_a_new_length_takes_is_said_where_it_is_more_than_a_call() -> None:
+    alone = Cell(1, 2.0, (1.9, 2.1), 2.0, 5.0, 6.0, 200.0, 4)
+
+    def told(new_shape_ms: float | None) -> str:
+        chosen = msgspec.structs.replace(ROWS[2], cells=[alone], batch=1, new_shape_ms=new_shape_ms)
+        return summary.choice(ladder([ROWS[0], chosen, ROWS[3]]))
+
+    assert told(43.2).endswith(" One item of a length not met before takes 43.2 ms more, that once.")
+    assert "not met before" not in told(4.9) + told(None)
+
+
 def test_short_and_long_items_stand_apart_and_where_the_chosen_is_slower_is_said() -> None:
     thirds = [
         Cell(32, 1.9, (1.8, 2.0), 1.9, 4.0, 5.0, 250.0, 4, lengths="short", length=9),

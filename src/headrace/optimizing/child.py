@@ -233,9 +233,20 @@ class _Asked:
                     outputs[str(number)] = np.asarray(output, np.float32)
             np.savez(command["file"], **outputs)  # type: ignore[arg-type]
             return {"file": command["file"]}
+        if command["do"] == "meet":
+            return {"longer_s": [self._longer(number) for number in command["items"]]}
         if command["do"] == "operations":
             return asdict(bounds.operations(self._way, self._items.all, self._items.lengths))
         return {"peak_bytes": _peak_bytes()}
+
+    def _longer(self, number: int) -> float:
+        """Seconds that an item takes longer than the same once more."""
+        item = self._of([number])
+        first = perf_counter()
+        self._way.answer(item)
+        again = perf_counter()
+        self._way.answer(item)
+        return (again - first) - (perf_counter() - again)
 
     def _time(self, batches: list[list[collate.Item]], least_s: float) -> dict[str, Any]:
         """Run all batches again and again until the time is over, once at least; wall and CPU time are of one pass."""

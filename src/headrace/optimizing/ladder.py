@@ -169,6 +169,7 @@ class _Climb:
         rounds = {batch: max(4, round(pairs * self.wish.effort)) for batch, pairs in rounds.items()}
         self.largest = max(rounds)
         self.lengths = {index: items.lengths[index] for index in self.evaluation}
+        self.first_length = items.lengths[0]  # of the item that every process answers first
         if writing:
             self.cells = measure.cells(self.lengths, rounds, thirds_of=(1,), most_calls=_CALLS_OF_WRITING)
         else:
@@ -228,6 +229,7 @@ class _Climb:
     def _baseline(self, process: Process) -> Row:
         try:
             loaded = process.ask()
+            new_shape_ms = measure.new_shape_ms(process, self.lengths, self.first_length)
             wanted = self._outputs(process, 1)
             batched = self._outputs(process, self.largest)
         except Failed as failed:
@@ -246,6 +248,7 @@ class _Climb:
             load_s=round(loaded["load_s"], 3),
             build_s=0.0,
             first_s=round(loaded["first_s"], 3),
+            new_shape_ms=new_shape_ms,
             peak_bytes=peak,
             batch=self._objective_cell().batch,
             length=self._objective_cell().length,
@@ -322,13 +325,14 @@ class _Climb:
 
     def _measure(self, rung: rungs.Rung, process: Process, baseline: Process, noise: Noise, build_s: float) -> Row:
         loaded = process.ask()
+        new_shape_ms = measure.new_shape_ms(process, self.lengths, self.first_length)
         found = self._outputs(process, 1)
         batched = self._outputs(process, self.largest)
         measured = self.comparison.measure(found, batched)
         cells = [self._compare(baseline, process, cell, loaded["step_bytes"]) for cell in self.cells]
         peak = process.ask({"do": "peak"})["peak_bytes"]
         row = self._row(rung.id, "ok", cells, loaded, peak)
-        row = msgspec.structs.replace(row, drift=measured, build_s=round(build_s, 2))
+        row = msgspec.structs.replace(row, drift=measured, build_s=round(build_s, 2), new_shape_ms=new_shape_ms)
         status, reason = judge(row, self.budget, self.wish.objective, self.rows, noise)
         return msgspec.structs.replace(row, status=status, reason=reason)
 

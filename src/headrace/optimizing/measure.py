@@ -23,6 +23,8 @@ LEAST_TURN_S = 0.1
 # do for that, since nothing is decided by them.
 _UNLIKE = 2.0
 _PAIRS_OF_A_THIRD = 4
+# Lengths that are met for the first time under the clock.
+_NEW_LENGTHS = 8
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -93,6 +95,25 @@ Call = dict[str, float]
 def alone(cell: Cell, seen: Sequence[Call], bound: Bound) -> Timed:
     """The baseline's own times of a cell, from all the pairs that it was part of."""
     return _timed(cell, seen, 1.0, (1.0, 1.0), 1.0, len(seen), bound)
+
+
+def new_shape_ms(process: Process, lengths: Mapping[int, int], met: int) -> float | None:
+    """What one item of a length that was not met before takes longer, that once, in milliseconds: the median of a few.
+
+    A server meets every length; of the same batches again and again no time would say so.
+
+    Args:
+        lengths: of items by number.
+        met: the length that the process has met; where there is no other, the answer is ``None``.
+    """
+    of_length: dict[int, int] = {}
+    for number, length in lengths.items():
+        if length != met:
+            of_length.setdefault(length, number)
+    if not of_length:
+        return None
+    longer = process.ask({"do": "meet", "items": list(of_length.values())[:_NEW_LENGTHS]})["longer_s"]
+    return round(max(0.0, stats.median(longer)) * 1e3, 3)
 
 
 def compare(baseline: Process, candidate: Process, cell: Cell, seen: list[Call], bound: Bound) -> Timed:

@@ -212,7 +212,8 @@ def choice(report: Report) -> str:
         why = "the only rung that passed"
     elif ties := [each.rung for each in passed if report.objective != "memory" and _beats(each, row)]:
         why = f"simpler or ready sooner than {', '.join(ties)}, which cannot be told from it by speed"
-    return f"{report.chosen} is chosen: {', '.join(said)}; {why}.{_though(row, report.baseline)}"
+    told = f"{report.chosen} is chosen: {', '.join(said)}; {why}."
+    return told + _though(row, report.baseline) + _at_first(row)
 
 
 def _though(row: Row, baseline: str) -> str:
@@ -223,6 +224,14 @@ def _though(row: Row, baseline: str) -> str:
         if cell.interval[1] < 1
     ]
     return f" Yet it is slower than {baseline} {'; '.join(slower)}." if slower else ""
+
+
+def _at_first(row: Row) -> str:
+    """What a server meets and no batch that is timed again and again."""
+    alone = next((cell.p50_ms for cell in row.cells if cell.batch == 1 and cell.lengths == "all"), math.inf)
+    if row.new_shape_ms is None or row.new_shape_ms <= alone:
+        return ""
+    return f" One item of a length not met before takes {number(row.new_shape_ms)} ms more, that once."
 
 
 def _beats(other: Row, row: Row) -> bool:

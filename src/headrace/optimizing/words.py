@@ -66,6 +66,8 @@ class Row(msgspec.Struct, frozen=True):
         drift: measures of `drift.drift`; which of them mean an error, `drift.is_error` says.
         size_bytes: of the files, or of the weights in memory for a torch rung.
         first_s: the first call after loading.
+        new_shape_ms: what one item of a length that was not met before takes longer, that once; the median of a few
+            lengths, ``None`` where all items have the same.
         peak_bytes: the most memory that was used at once.
         batch, length: items of one call and median tokens of an item, where there are tokens.
         cells: every batch size and group of lengths that was timed.
@@ -83,6 +85,7 @@ class Row(msgspec.Struct, frozen=True):
     load_s: float | None = None
     build_s: float | None = None
     first_s: float | None = None
+    new_shape_ms: float | None = None
     peak_bytes: int | None = None
     batch: int | None = None
     length: int | None = None
