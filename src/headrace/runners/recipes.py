@@ -132,6 +132,7 @@ def _compile_layers(module: torch.nn.Module) -> torch.nn.Module:
     than 150; a call takes 14 to 32 % longer.
     """
     layers = _repeated(module)
+    _allow_compilations()  # a layer that looks at its number is compiled once for each
     for layer in layers:
         layer.compile(dynamic=True)
     return module
@@ -153,10 +154,15 @@ def _repeated(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 def _compile_by_shape(mode: str) -> Callable[[torch.nn.Module], Any]:
     def compile_(module: torch.nn.Module) -> Any:
-        torch._dynamo.config.recompile_limit = 256  # torch stops at 8
+        _allow_compilations()
         return torch.compile(module, mode=mode, dynamic=False)
 
     return compile_
+
+
+def _allow_compilations() -> None:
+    """torch stops at 8 of one function."""
+    torch._dynamo.config.recompile_limit = 256
 
 
 _BEFORE: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
