@@ -77,6 +77,7 @@ def lose_the_master_in_the_middle(play: Stage, gateway: Server, store: Nodes, ma
     ]
 
 
+@pytest.mark.long
 def test_a_cluster_whose_master_fails_in_the_middle_of_a_run(tmp_path: Path, redis_server: str) -> None:
     store = Cluster(redis_server, tmp_path / "store", replicas=True)
     try:
