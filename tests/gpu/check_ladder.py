@@ -54,9 +54,8 @@ def make_samples(file: Path, count: int = 200) -> None:
     file.write_text("".join(json.dumps({"input": line}) + "\n" for line in lines))
 
 
-def make_decoder(directory: Path) -> None:
+def decoder() -> Any:
     """A decoder of Llama's shape with a billion parameters, random weights."""
-    make_tokenizer(directory)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=32_000,
@@ -68,7 +67,12 @@ def make_decoder(directory: Path) -> None:
         max_position_embeddings=2048,
     )
     with torch.device("cuda"):
-        model = transformers.LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config)
+
+
+def make_decoder(directory: Path) -> None:
+    make_tokenizer(directory)
+    model = decoder()
     print(sum(each.numel() for each in model.parameters()) / 1e9, "billion parameters")
     model.save_pretrained(directory)
 

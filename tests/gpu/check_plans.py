@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from check_ladder import decoder
 
 from headrace.clock import perf_counter
 from headrace.runners.decoder import Decoder, TorchLanguage
@@ -67,23 +68,6 @@ def replayed(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> float:
     return statistics.median(milliseconds(graph.replay) for _ in range(50))
 
 
-def decoder() -> Decoder:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=18,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=2048,
-    )
-    with torch.device("cuda"):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    model.set_attn_implementation("sdpa")
-    return Decoder(model)
-
-
 def written(language: TorchLanguage, draw: random.Random) -> tuple[float, float]:
     """Milliseconds until the first token, and tokens a second after it, of one text of a new length."""
     ids, pads = left_padded([torch.randint(4, 32_000, (draw.randint(20, 400),)).to(torch.int32).numpy()])
@@ -102,7 +86,9 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     draw = random.Random(0)
-    model, language = encoder(), TorchLanguage(decoder(), "cuda:0", "kv-dynamic")
+    model, written_by = encoder(), decoder().to(torch.bfloat16).eval()
+    written_by.set_attn_implementation("sdpa")
+    language = TorchLanguage(Decoder(written_by), "cuda:0", "kv-dynamic")
     with torch.inference_mode():
         model(**batch(1, 16))
         written(language, draw)
