@@ -117,10 +117,10 @@ def meet_shapes(
     """
     sizes = [*_powers_of_two(batch_size), batch_size]
     shapes = [(size, length) for size in sizes for length in lengths if size * length <= max_batch_tokens or size == 1]
-    shapes.insert(0, shapes.pop(max(range(len(shapes)), key=lambda number: math.prod(shapes[number]))))
+    largest = max(shapes, key=math.prod)
     started = perf_counter()
     met = 0
-    for size, length in shapes:
+    for size, length in [largest, *(shape for shape in shapes if shape != largest)]:
         if perf_counter() - started > SHAPES_S:
             break
         try:

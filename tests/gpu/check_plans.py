@@ -2,8 +2,8 @@
 
     python tests/gpu/check_plans.py [--out FILE.json]
 
-Why `runners/devices.py` leaves it out where batches come in any shape, and keeps it where few shapes are captured. With
-and without it in turns; the model has BERT-base's shape, the decoder a billion parameters, both in bfloat16.
+Why `recipes.takes_any_shape` leaves it out where batches come in any shape, and keeps it where few shapes are captured.
+With and without it in turns; the model has BERT-base's shape, the decoder a billion parameters, both in bfloat16.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import torch
 
 from headrace.artifact import Subject, TensorSpec
 from headrace.core import TextSpec
+from headrace.runners import graphs
 from headrace.runners.layouts import Padded, Ragged, laid_out, longer, more_tokens
 from headrace.runners.way import of_module
 
@@ -63,6 +65,34 @@ def test_lengths_are_those_that_batches_are_filled_up_to() -> None:
 def test_a_model_that_is_compiled_by_shape_says_for_which_lengths() -> None:
     assert of_module(torch.nn.Identity(), ["reduce-overhead"], "cpu", TEXT).lengths == Padded(TEXT).lengths()
     assert of_module(torch.nn.Identity(), ["sdpa"], "cpu", TEXT).lengths == ()
+
+
+def test_of_more_graphs_than_are_kept_the_one_not_used_for_longest_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which graphs there are, without a GPU: what one of them does is checked on one (tests/gpu)."""
+    made: list[tuple[int, ...]] = []
+
+    class Graph:
+        pool = None
+
+        def __init__(self, *given: Any) -> None:
+            layout, batch = given[4:6]
+            self.shape = layout.shape(batch)
+            self.places = laid_out(layout, batch)
+            made.append(self.shape)
+
+        def run(self, items: int) -> Any:
+            return np.zeros((items, 2), np.float32)
+
+    monkeypatch.setattr(graphs, "_Graph", Graph)
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    captured = graphs.Captured(None, "cuda:0", Padded(TEXT))
+    for length in (10, 30, 10, 60, 10, 30):
+        assert captured(batch(length)).shape == (1, 2)
+    assert made == [(1, 16), (1, 32), (1, 64), (1, 32)]
 
 
 @pytest.mark.parametrize("lengths", [(32, 31), (20, 3), (1,), (64,)])

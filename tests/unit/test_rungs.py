@@ -85,7 +85,21 @@ def test_without_a_compiler_nothing_is_compiled(rung: str, monkeypatch: pytest.M
     ],
 )
 def test_what_was_exported_is_run_by_the_words_that_are_left_to_do(ident: str, words: list[str]) -> None:
-    assert list(rungs.find(ident).run_by) == words
+    assert rungs.find(ident).run_by == words
+
+
+@pytest.mark.parametrize(
+    ("recipe", "any_shape"),
+    [
+        (["sdpa", "bf16"], True),
+        (["sdpa", "bf16", "compile"], True),
+        (["sdpa", "bf16", "compile", "graphs"], False),
+        (["sdpa", "bf16", "reduce-overhead"], False),
+        (["sdpa", "bf16", "kv-static", "graphs"], True),
+    ],
+)
+def test_attention_that_plans_is_for_few_shapes(recipe: list[str], any_shape: bool) -> None:
+    assert recipes.takes_any_shape(recipe) == any_shape
 
 
 def test_some_integers_are_for_some_processors() -> None:

@@ -29,9 +29,7 @@ from headrace.optimizing import bounds, compiled, rungs
 from headrace.optimizing.orphan import end_with_parent
 from headrace.optimizing.process import SAID, memory_bytes
 from headrace.runners import collate
-from headrace.runners.devices import plan_no_attention
 from headrace.runners.opened import Instance
-from headrace.runners.recipe_words import GRAPHS
 from headrace.runners.way import GENERATE, Way, of_files, of_module
 
 ITEMS, SUBJECT, MACHINE = "items.npz", "subject.json", "machine.json"
@@ -161,8 +159,6 @@ def _build(job: Job, answers: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     opened = _opened(job)
     module = recipes.apply(list(rung.recipe), opened.module, job.device)
-    if job.device.startswith("cuda") and GRAPHS not in rung.recipe:
-        plan_no_attention()  # which attention a package has is settled as it is compiled
     example = [items.all[index] for index in job.calibration[:2] or [0, 1 % len(items.all)]]
     export.export(rung, opened.subject, module, example, [items.all[index] for index in job.calibration], directory)
 

@@ -189,7 +189,7 @@ def _fill(
         rung=rung.id,
         engine=rung.engine,
         subject=subject,
-        recipe=list(rung.run_by),
+        recipe=rung.run_by,
         threads=job.threads,
         requires=requires(rung, job, subject),
         budget=dict(wanted),

@@ -59,18 +59,6 @@ def _may_have_accelerator() -> bool:
     return sys.platform == "darwin" or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def plan_no_attention() -> None:
-    """Leave cuDNN's attention out in this process: of 16-bit floats it makes a plan for each new shape of a batch.
-
-    On an H100 (torch 2.11) a plan takes 40 to 75 ms, where a call of BERT-base takes 6 and a prompt to a decoder of a
-    billion parameters 11, or one more token with a cache that grows 10; and a server meets thousands of shapes. It is
-    worth it where they are few and captured: a call with 512 tokens takes up to 20 % less time.
-    """
-    import torch
-
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def limit_threads(threads: int) -> None:
     """Bound torch's CPU threads; more threads than cores made a model ten times slower than it was."""
     import torch

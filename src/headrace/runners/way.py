@@ -10,7 +10,6 @@ from headrace.artifact import Subject
 from headrace.errors import ConfigError, Unavailable
 from headrace.runners import collate, engines, likelihood
 from headrace.runners.collate import Array, Item
-from headrace.runners.devices import plan_no_attention
 from headrace.runners.language import Language, left_padded
 from headrace.runners.layouts import Layout, Padded, Ragged
 from headrace.runners.recipe_words import BY_SHAPE, CACHES, COMPILE, GRAPHS, PACKED, REGIONAL, VARLEN
@@ -128,8 +127,6 @@ def of_module(module: Any, recipe: Sequence[str], device: str, subject: Subject)
         layout: Layout = Ragged(subject) if VARLEN in words else Padded(subject)
         return Encoding(Captured(module, device, layout), subject, PACKED in words, size, layout)
     filled = None if BY_SHAPE.isdisjoint(words) else Padded(subject)
-    if filled is None and device.startswith("cuda"):
-        plan_no_attention()
     engine = engines.module_engine(module, device, filled)
     return Encoding(engine, subject, PACKED in words, size, filled)
 
@@ -148,8 +145,6 @@ def _writing(module: Any, words: list[str], device: str) -> Way:
         raise Unavailable("a step is compiled, or captured, with a static cache only: kv-static+compile")
     if GRAPHS in words and not device.startswith("cuda"):
         raise Unavailable("graphs are captured on an NVIDIA GPU only")
-    if device.startswith("cuda"):
-        plan_no_attention()
     decoder = recipes.apply([word for word in words if word != COMPILE], module, device)
     language = TorchLanguage(
         decoder,
